@@ -1,0 +1,130 @@
+"""How one numeric column becomes a number of about unit variance, and back.
+
+Where sites released a histogram, its cumulative share and the normal quantile function give the model's number;
+where they did not, the value's position between its public bounds does, on the scale that the schema names::
+
+    value ──released histogram──► probability ──Φ⁻¹──► z        or        value ──bounds, scale──► position ──► z
+
+Rounded columns are spread evenly over their rounding interval first, so that decoding by rounding is exact and a
+column with many equal values (zero visits) is still continuous to the model.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from mcrage.data.schema import Column
+
+Floats = NDArray[np.float64]
+
+MAX_CELLS = 256
+"""Most cells of a numeric histogram."""
+
+MAX_CODED_VALUES = 32
+"""An integer column with at most this many possible values is modelled as levels, not as a number."""
+
+_FLOOR = 1e-3  # share of probability spread evenly, so that no value is impossible and the map stays invertible
+_EDGE = 1e-9  # keeps z within ±6
+
+
+def is_coded(column: Column) -> bool:
+    """Whether a column is modelled as levels: everything that is not a number, and integers with few values.
+
+    A number with bins stays a number, so that a condition on a bin is a range.
+    """
+    if not column.is_numeric:
+        return True
+    return column.kind == "integer" and not column.bins and column.high - column.low < MAX_CODED_VALUES
+
+
+@dataclass(frozen=True)
+class NumericCoding:
+    """The map of one numeric column.
+
+    Attributes:
+        column: Its place in the schema.
+        density: Released share of rows in each cell of :func:`cell_edges`; None where nothing was released.
+    """
+
+    column: Column
+    density: Floats | None = None
+
+    def encode(self, values: Floats, jitter: Floats | float = 0.0) -> Floats:
+        """Model numbers of values.
+
+        Args:
+            values: Numbers without NaN; those outside the bounds are moved to the nearest bound.
+            jitter: Place within the rounding interval of each value, in [−.5, .5].
+        """
+        column = self.column
+        values = np.clip(values, column.low, column.high) + column.step * jitter
+        if self.density is None:
+            return (2.0 * scale_position(values, column) - 1.0) * np.sqrt(3.0)
+        probability = np.interp(values, cell_edges(column), self._cumulative())
+        return np.asarray(ndtri(np.clip(probability, _EDGE, 1 - _EDGE)), dtype=np.float64)
+
+    def decode(self, z: Floats) -> Floats:
+        """Values of model numbers: inside the bounds and rounded as the schema says."""
+        column = self.column
+        if self.density is None:
+            values = unscale_position(np.clip((z / np.sqrt(3.0) + 1.0) / 2.0, 0.0, 1.0), column)
+        else:
+            values = np.interp(ndtr(z), self._cumulative(), cell_edges(column))
+        if column.step:
+            values = np.round(values / column.step) * column.step
+            if column.decimals is not None:
+                values = np.round(values, column.decimals)
+        return np.clip(values, column.low, column.high)
+
+    def bounds(self, low: float, high: float) -> tuple[float, float]:
+        """Model numbers between which every value of [low, high] lies, for conditions on a bin."""
+        inside = 0.499  # of a rounding step: numbers between the ends round to values between them
+        ends = self.encode(np.array([low, high]), np.array([-inside, inside]))
+        return float(ends[0]), float(ends[1])
+
+    def _cumulative(self) -> Floats:
+        assert self.density is not None
+        share = self.density / self.density.sum()
+        return np.concatenate([[0.0], np.cumsum((1 - _FLOOR) * share + _FLOOR / len(share))])
+
+
+def scale_position(values: Floats, column: Column) -> Floats:
+    """Position of values within the public bounds, in [0, 1], by the column's scale."""
+    low, high, unit = _range(column)
+    if column.scale == "log":
+        return np.log1p((values - low) / unit) / np.log1p((high - low) / unit)
+    if column.scale == "quantile":
+        knots = _knots(column, low, high)
+        return np.interp(values, knots, np.linspace(0.0, 1.0, len(knots)))
+    return (values - low) / (high - low)
+
+
+def unscale_position(position: Floats, column: Column) -> Floats:
+    """Inverse of :func:`scale_position`."""
+    low, high, unit = _range(column)
+    if column.scale == "log":
+        return low + unit * np.expm1(position * np.log1p((high - low) / unit))
+    if column.scale == "quantile":
+        knots = _knots(column, low, high)
+        return np.interp(position, np.linspace(0.0, 1.0, len(knots)), knots)
+    return low + position * (high - low)
+
+
+def cell_edges(column: Column) -> Floats:
+    """Edges of the histogram cells of a numeric column: a cell a value where they are few, else even on its scale."""
+    if column.step and (num_values := round((column.high - column.low) / column.step) + 1) <= MAX_CELLS:
+        return np.asarray(column.low + column.step * (np.arange(num_values + 1) - 0.5), dtype=np.float64)
+    return unscale_position(np.linspace(0.0, 1.0, MAX_CELLS + 1), column)
+
+
+def _range(column: Column) -> tuple[float, float, float]:
+    """Bounds widened by half a rounding step, and the unit of the log scale."""
+    low, high = column.low - column.step / 2, column.high + column.step / 2
+    return low, high, column.step or (high - low) / 1000.0
+
+
+def _knots(column: Column, low: float, high: float) -> Floats:
+    inner = [value for value in column.grid if low < value < high]
+    return np.array([low, *inner, high])

@@ -1,0 +1,140 @@
+"""One-way histograms of a site's table: the one statistic that sites release so that numbers can be spread well.
+
+Every released cell stands for at least :data:`~mcrage.data.groups.MINIMUM_CELL` rows: neighbouring small cells are
+merged and their sum is shared out evenly, so that no count from 1 to 10 is in the release. Sums over sites are
+histograms again. Nothing else about single columns ever leaves a site.
+
+Shape: per modelled column one vector of cells: the levels or the numeric cells, then the missing rows.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mcrage.data.coding import cell_edges, is_coded
+from mcrage.data.groups import MINIMUM_CELL, level_codes, numbers
+from mcrage.data.schema import Column, TableSchema
+from mcrage.errors import MessageError
+
+Floats = NDArray[np.float64]
+
+
+class Marginals(Mapping[str, Floats]):
+    """Rows per cell, by column name."""
+
+    def __init__(self, cells: Mapping[str, Floats]) -> None:
+        self._cells = {name: np.asarray(counts, dtype=np.float64) for name, counts in cells.items()}
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, schema: TableSchema, *, minimum: int = MINIMUM_CELL) -> "Marginals":
+        """Histograms of a table in which every cell stands for at least ``minimum`` rows."""
+        return cls({c.name: merge_small_cells(exact_cells(table[c.name], c), c, minimum) for c in schema.modelled})
+
+    def __add__(self, other: "Marginals") -> "Marginals":
+        if {n: len(v) for n, v in self.items()} != {n: len(v) for n, v in other.items()}:
+            raise MessageError("histograms of different schemas cannot be added")
+        return Marginals({name: cells + other[name] for name, cells in self.items()})
+
+    def to_wire(self) -> dict[str, list[float]]:
+        """Plain lists, by column name."""
+        return {name: [float(count) for count in cells] for name, cells in self.items()}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any], schema: TableSchema) -> "Marginals":
+        """Checks every name, length and sign.
+
+        Raises:
+            MessageError: If the histograms are not those of ``schema``.
+        """
+        expected = {column.name: num_cells(column) + 1 for column in schema.modelled}
+        if set(wire) != set(expected):
+            raise MessageError(f"expected histograms of {len(expected)} columns of the schema, got {len(wire)}")
+        cells = {}
+        for name, length in expected.items():
+            counts = np.asarray(wire[name], dtype=np.float64)
+            if counts.shape != (length,) or not np.isfinite(counts).all() or (counts < 0).any():
+                raise MessageError(f"histogram of column '{name}': expected {length} finite counts of at least 0")
+            cells[name] = counts
+        return cls(cells)
+
+    def __getitem__(self, name: str) -> Floats:
+        return self._cells[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+
+def num_cells(column: Column) -> int:
+    """Number of cells of a column, without that of the missing rows."""
+    return len(coded_levels(column)) if is_coded(column) else len(cell_edges(column)) - 1
+
+
+def coded_levels(column: Column) -> tuple[str, ...]:
+    """Levels of a column that is modelled as levels, without *missing*."""
+    if column.is_numeric:
+        return tuple(str(value) for value in range(int(column.low), int(column.high) + 1))
+    return column.levels
+
+
+def cell_codes(values: pd.Series, column: Column) -> NDArray[np.int64]:
+    """Cell of each row; missing rows get the last code."""
+    missing = num_cells(column)
+    if not column.is_numeric:
+        return level_codes(values, column, missing)
+    floats = numbers(values, column)
+    present = np.clip(np.nan_to_num(floats, nan=column.low), column.low, column.high)
+    if is_coded(column):
+        codes = np.round(present - column.low).astype(np.int64)
+    else:
+        inside = np.searchsorted(cell_edges(column), present, side="right") - 1
+        codes = np.clip(inside, 0, missing - 1)
+    return np.where(np.isnan(floats), missing, codes)
+
+
+def exact_cells(values: pd.Series, column: Column) -> Floats:
+    """Exact rows per cell. For use inside a site or on generated rows: this is what must not leave."""
+    return np.bincount(cell_codes(values, column), minlength=num_cells(column) + 1).astype(np.float64)
+
+
+def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:
+    """Merges cells until each merged one stands for ``minimum`` rows, and shares its rows out evenly.
+
+    Cells of numbers merge with their neighbours; levels, which have no neighbours, with those nearest in size. If the
+    missing rows are too few to show, they join the largest run. A table with fewer rows than ``minimum`` gives zeros.
+    """
+    present, missing = cells[:-1], float(cells[-1])
+    has_order = column.is_numeric or column.kind == "ordinal"
+    runs = _runs(present, np.arange(len(present)) if has_order else np.argsort(present, kind="stable"), minimum)
+    sums = [float(present[run].sum()) for run in runs]
+    if missing < minimum:
+        sums[int(np.argmax(sums))] += missing
+        missing = 0.0
+    merged = np.zeros(len(cells))
+    for run, rows in zip(runs, sums, strict=True):
+        merged[run] = rows / len(run) if rows >= minimum else 0.0
+    merged[-1] = missing
+    return merged
+
+
+def _runs(present: Floats, order: NDArray[np.int64], minimum: int) -> list[NDArray[np.int64]]:
+    """Consecutive cells in ``order``, joined until a run is empty or has at least ``minimum`` rows."""
+    runs: list[list[int]] = []
+    rows: list[float] = []
+    for cell in order:
+        if rows and 0 < rows[-1] < minimum:
+            runs[-1].append(int(cell))
+            rows[-1] += present[cell]
+        else:
+            runs.append([int(cell)])
+            rows.append(float(present[cell]))
+    while len(runs) > 1 and 0 < rows[-1] < minimum:
+        tail, tail_rows = runs.pop(), rows.pop()
+        runs[-1] += tail
+        rows[-1] += tail_rows
+    return [np.array(run) for run in runs]

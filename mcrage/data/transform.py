@@ -1,0 +1,316 @@
+"""DataFrame ↔ tensors, from the schema alone and, where sites released them, from one-way histograms.
+
+Shape: a table of n rows becomes an :class:`EncodedTable`: ``numeric`` (n, N) of about unit variance in float64,
+``codes`` (n, B) with one level per block, ``attributes`` (n, A) with the group level of each sensitive feature and of
+the target, −1 where it is not given. A missing cell is a level of its own, so that it is generated like any other
+value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mcrage.data.coding import NumericCoding, is_coded
+from mcrage.data.groups import group_codes, level_code, numbers
+from mcrage.data.marginals import Marginals, cell_codes, coded_levels
+from mcrage.data.schema import Column, TableSchema
+from mcrage.errors import DataError, Problem, SamplingError
+
+_EPOCH = np.datetime64("1970-01-01", "D")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Levels of one categorical part of a row.
+
+    Attributes:
+        column: The column it belongs to.
+        size: Number of levels.
+        only_missing: Whether the block says just whether a numeric column is there (0) or missing (1).
+    """
+
+    column: Column
+    size: int
+    only_missing: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How wide the parts of an encoded row are.
+
+    Attributes:
+        num_numeric: Number of numeric parts.
+        block_sizes: Levels of each categorical block.
+        attribute_sizes: Levels of each attribute that rows can be conditioned on.
+        missing_block: For each numeric part the block that says whether it is missing; −1 if it never is.
+        target_block: The block of the label, which is also the last attribute; −1 without a label.
+    """
+
+    num_numeric: int
+    block_sizes: tuple[int, ...]
+    attribute_sizes: tuple[int, ...]
+    missing_block: tuple[int, ...]
+    target_block: int = -1
+
+    @property
+    def width(self) -> int:
+        """Numbers in one diffused row: numerics, then every block one-hot."""
+        return self.num_numeric + sum(self.block_sizes)
+
+
+@dataclass(frozen=True)
+class EncodedTable:
+    """Rows as tensors; see the module's Shape block. The number of a missing cell is 0."""
+
+    numeric: Float[Tensor, "rows num_numeric"]
+    codes: Int[Tensor, "rows num_blocks"]
+    attributes: Int[Tensor, "rows num_attributes"]
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def rows(self, index: Int[Tensor, " batch"]) -> "EncodedTable":
+        """The rows of an index, repeats allowed."""
+        return EncodedTable(self.numeric[index], self.codes[index], self.attributes[index])
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What conditions say about encoded rows: exact levels of blocks and ranges of numerics.
+
+    Attributes:
+        attributes: Condition that the network sees, −1 where open.
+        codes: Required level of each block, −1 where open.
+        low, high: Bounds of each numeric part.
+    """
+
+    attributes: Int[Tensor, "rows num_attributes"]
+    codes: Int[Tensor, "rows num_blocks"]
+    low: Float[Tensor, "rows num_numeric"]
+    high: Float[Tensor, "rows num_numeric"]
+
+    def rows(self, index: slice) -> "Constraint":
+        """The constraint of some of the rows."""
+        return Constraint(self.attributes[index], self.codes[index], self.low[index], self.high[index])
+
+
+class TableTransform:
+    """The exact two-way map between a table and its encoding.
+
+    Args:
+        schema: The data dictionary.
+        marginals: Histograms summed over sites; None encodes by bounds and scales alone.
+    """
+
+    def __init__(self, schema: TableSchema, marginals: Marginals | None = None) -> None:
+        self.schema = schema
+        self.marginals = marginals
+        self.blocks: list[Block] = []
+        self.codings: list[NumericCoding] = []
+        missing_block: list[int] = []
+        for column in schema.modelled:
+            if is_coded(column):
+                self.blocks.append(Block(column, len(coded_levels(column)) + column.nullable, only_missing=False))
+                continue
+            self.codings.append(NumericCoding(column, _density(column, marginals)))
+            missing_block.append(len(self.blocks) if column.nullable else -1)
+            if column.nullable:
+                self.blocks.append(Block(column, 2, only_missing=True))
+        self.layout = Layout(
+            num_numeric=len(self.codings),
+            block_sizes=tuple(block.size for block in self.blocks),
+            attribute_sizes=tuple(len(column.group_levels) for column in schema.attributes),
+            missing_block=tuple(missing_block),
+            target_block=next((i for i, block in enumerate(self.blocks) if block.column.role == "target"), -1),
+        )
+
+    def encode(self, table: pd.DataFrame, *, generator: np.random.Generator) -> EncodedTable:
+        """Tensors of a table.
+
+        Args:
+            table: Columns of the schema; others are ignored.
+            generator: Spreads rounded values over their rounding interval.
+
+        Raises:
+            DataError: If a column of the schema is missing, or has cells that the schema does not allow.
+        """
+        check_table(table, self.schema)
+        rows = len(table)
+        numeric = np.zeros((rows, len(self.codings)))
+        for position, coding in enumerate(self.codings):
+            values = numbers(table[coding.column.name], coding.column)
+            missing = np.isnan(values)
+            jitter = generator.uniform(-0.5, 0.5, size=rows)
+            numeric[:, position] = coding.encode(np.where(missing, coding.column.low, values), jitter)
+            numeric[missing, position] = 0.0
+        codes = np.zeros((rows, len(self.blocks)), dtype=np.int64)
+        for position, block in enumerate(self.blocks):
+            values_ = table[block.column.name]
+            codes[:, position] = values_.isna() if block.only_missing else cell_codes(values_, block.column)
+        return EncodedTable(
+            torch.from_numpy(numeric),
+            torch.from_numpy(codes),
+            torch.from_numpy(group_codes(table, self.schema.attributes)),
+        )
+
+    def decode(self, numeric: Float[Tensor, "rows num_numeric"], codes: Int[Tensor, "rows num_blocks"]) -> pd.DataFrame:
+        """The table of encoded rows, with the schema's columns, order and dtypes."""
+        z, levels = numeric.double().numpy(), codes.numpy()
+        by_name: dict[str, pd.Series] = {}
+        missing = {
+            block.column.name: levels[:, position] == (1 if block.only_missing else len(coded_levels(block.column)))
+            for position, block in enumerate(self.blocks)
+            if block.column.nullable
+        }
+        for position, coding in enumerate(self.codings):
+            name = coding.column.name
+            by_name[name] = _numeric_series(coding.decode(z[:, position]), missing.get(name), coding.column)
+        for position, block in enumerate(self.blocks):
+            if not block.only_missing:
+                name = block.column.name
+                by_name[name] = _level_series(levels[:, position], missing.get(name), block.column)
+        return pd.DataFrame({column.name: by_name[column.name] for column in self.schema.modelled})
+
+    def constrain(self, rows: int, conditions: Mapping[str, object] | pd.DataFrame | None) -> Constraint:
+        """What conditions say about ``rows`` encoded rows.
+
+        Args:
+            rows: Number of rows.
+            conditions: Level per attribute, or a table of them (missing = open); bins by name or by a value inside.
+
+        Raises:
+            SamplingError: If a name is not an attribute or a level does not exist.
+        """
+        asked = _condition_codes(rows, conditions, self.schema)
+        codes = np.full((rows, len(self.blocks)), -1, dtype=np.int64)
+        low = np.full((rows, len(self.codings)), -np.inf, dtype=np.float32)
+        high = np.full_like(low, np.inf)
+        for place, column in enumerate(self.schema.attributes):
+            given = asked[:, place]
+            missing = column.nullable & (given == len(column.group_levels) - 1)
+            for position, block in enumerate(self.blocks):
+                if block.column.name == column.name and not (column.is_numeric and not block.only_missing):
+                    level = np.where(missing, block.size - 1, 0 if block.only_missing else given)
+                    codes[:, position] = np.where(given < 0, -1, level)
+            for position, coding in enumerate(self.codings):
+                if coding.column.name == column.name:
+                    for code in np.unique(given[(given >= 0) & ~missing]):
+                        ends = coding.bounds(*_bin_range(column, int(code)))
+                        low[given == code, position], high[given == code, position] = ends
+        parts = (torch.from_numpy(part) for part in (asked, codes, low, high))
+        return Constraint(*parts)
+
+    def log_prior(self) -> Float[Tensor, " levels"]:
+        """Log share of each level of each block, from the histograms; equal shares where there are none."""
+        parts = [_prior(block, self.marginals) for block in self.blocks]
+        return torch.from_numpy(np.log(np.concatenate([np.zeros(0), *parts]))).float()
+
+
+def check_table(table: pd.DataFrame, schema: TableSchema) -> None:
+    """Raises a DataError with every problem unless the table's modelled columns follow the schema."""
+    problems = []
+    for column in schema.modelled:
+        if column.name not in table.columns:
+            problems.append(Problem(code="E201", column=column.name, rule="is missing", remedy="Add the column."))
+            continue
+        values = table[column.name]
+        bad = int(values.isna().sum()) if not column.nullable else 0
+        if bad:
+            rule, remedy = "are missing where the schema allows none", 'Fill them or set "nullable": true.'
+            problems.append(_problem("E206", column, bad, len(table), rule, remedy))
+        if not column.is_numeric:
+            unseen = int((cell_codes(values[values.notna()], column) == len(column.levels)).sum())
+            if unseen:
+                rule, remedy = "have a category that the schema lacks", 'Add it to "categories" or set "other".'
+                problems.append(_problem("E509", column, unseen, len(table), rule, remedy))
+    if problems:
+        raise DataError(problems)
+
+
+def _prior(block: Block, marginals: Marginals | None) -> NDArray[np.float64]:
+    if marginals is None:
+        return np.full(block.size, 1.0 / block.size)
+    cells = marginals[block.column.name]
+    rows = np.array([cells[:-1].sum(), cells[-1]]) if block.only_missing else cells[: block.size]
+    return (rows + 1.0) / (rows.sum() + block.size)
+
+
+def _problem(code: str, column: Column, rows: int, total: int, rule: str, remedy: str) -> Problem:
+    return Problem(code=code, column=column.name, rows=rows, total=total, rule=rule, remedy=remedy)
+
+
+def _density(column: Column, marginals: Marginals | None) -> NDArray[np.float64] | None:
+    if marginals is None or marginals[column.name][:-1].sum() == 0:
+        return None
+    return marginals[column.name][:-1]
+
+
+def _numeric_series(values: NDArray[np.float64], missing: NDArray[np.bool_] | None, column: Column) -> pd.Series:
+    dtype = column.pandas_dtype
+    mask = np.zeros(len(values), dtype=bool) if missing is None else missing
+    if column.kind == "date":
+        days = _EPOCH + values.round().astype("timedelta64[D]")
+        return pd.Series(np.where(mask, np.datetime64("NaT"), days)).astype(dtype)
+    if not mask.any():
+        return pd.Series(values).astype(dtype)
+    if pd.api.types.is_extension_array_dtype(dtype):
+        series = pd.Series(values).astype(dtype)
+        series[mask] = pd.NA
+        return series
+    return pd.Series(np.where(mask, np.nan, values)).astype(dtype)
+
+
+def _level_series(codes: NDArray[np.int64], missing: NDArray[np.bool_] | None, column: Column) -> pd.Series:
+    dtype = column.pandas_dtype
+    codes = codes if missing is None else np.where(missing, -1, codes)
+    if column.is_numeric:
+        return _numeric_series(column.low + np.maximum(codes, 0), codes < 0, column)
+    if dtype == "category":
+        ordered = column.kind == "ordinal"
+        return pd.Series(pd.Categorical.from_codes(codes, categories=list(column.levels), ordered=ordered))
+    if column.kind == "boolean" and dtype in ("boolean", "bool"):
+        series = pd.Series(codes == 1).astype(dtype)
+        if (codes < 0).any():
+            series[codes < 0] = pd.NA
+        return series
+    texts = pd.Series(np.array([*column.levels, None], dtype=object)[codes])
+    return texts.astype(dtype)
+
+
+def _condition_codes(
+    rows: int, conditions: Mapping[str, object] | pd.DataFrame | None, schema: TableSchema
+) -> NDArray[np.int64]:
+    codes = np.full((rows, len(schema.attributes)), -1, dtype=np.int64)
+    if conditions is None:
+        return codes
+    names = [column.name for column in schema.attributes]
+    unknown = [str(name) for name in conditions if name not in names]
+    if unknown:
+        raise SamplingError(f"rows cannot be asked for by {', '.join(unknown)}; they can by {', '.join(names)}")
+    if isinstance(conditions, pd.DataFrame) and len(conditions) != rows:
+        raise SamplingError(f"asked for {rows} rows with conditions for {len(conditions)}")
+    for name, given in conditions.items():
+        place = names.index(str(name))
+        column = schema.attributes[place]
+        if isinstance(given, pd.Series):
+            uniques, inverse = np.unique(given.astype(object).where(given.notna(), None).map(str), return_inverse=True)
+            lookup = {str(value): value for value in given.dropna().unique()}
+            table = [level_code(column, lookup[text]) if text in lookup else -1 for text in uniques]
+            codes[:, place] = np.array(table, dtype=np.int64)[inverse]
+        else:
+            codes[:, place] = level_code(column, given)
+    return codes
+
+
+def _bin_range(column: Column, code: int) -> tuple[float, float]:
+    """Smallest and largest value of a bin."""
+    edges = [column.low, *column.bins, column.high]
+    low, high = edges[code], edges[code + 1]
+    inner = high - (column.step or 1e-9 * (column.high - column.low))
+    return low, high if code == len(column.bins) else max(low, inner)

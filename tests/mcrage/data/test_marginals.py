@@ -1,0 +1,88 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcrage.data.marginals import Marginals, exact_cells, merge_small_cells, num_cells
+from mcrage.data.schema import Column, TableSchema
+from mcrage.errors import MessageError
+
+SCHEMA = TableSchema.parse(
+    {
+        "columns": [
+            {"name": "age", "kind": "integer", "minimum": 0, "maximum": 120},
+            {"name": "race", "kind": "categorical", "categories": ["a", "b", "c"]},
+            {"name": "lab", "kind": "continuous", "minimum": 0, "maximum": 10},
+        ]
+    }
+)
+LEVELS = Column(name="x", kind="categorical", categories=("a", "b", "c", "d", "e"))
+NUMBER = Column(name="x", kind="integer", minimum=0, maximum=4)
+
+
+def make_table(rows: int, seed: int = 0) -> pd.DataFrame:
+    draw = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "age": pd.array(draw.integers(0, 121, rows), dtype="Int64"),
+            "race": pd.Categorical.from_codes(draw.integers(0, 3, rows), categories=["a", "b", "c"]),
+            "lab": np.where(draw.random(rows) < 0.1, np.nan, draw.random(rows) * 10),
+        }
+    )
+
+
+@settings(max_examples=300)
+@given(counts=st.lists(st.integers(0, 40), min_size=6, max_size=6), is_number=st.booleans())
+def test_no_released_cell_stands_for_one_to_ten_rows(counts: list[int], is_number: bool) -> None:
+    cells = np.array(counts, dtype=float)
+    merged = merge_small_cells(cells, NUMBER if is_number else LEVELS, 11)
+    # equal neighbours in the release are one merged cell: each such sum is 0 or at least 11
+    for value in set(merged[:-1]) - {0.0}:
+        assert value * (merged[:-1] == value).sum() >= 11 - 1e-9
+    assert merged[-1] == 0 or merged[-1] >= 11
+    assert merged.sum() == pytest.approx(cells.sum()) or cells.sum() - merged.sum() < 11 * 2
+
+
+@given(counts=st.lists(st.integers(11, 400), min_size=6, max_size=6))
+def test_large_cells_are_released_as_they_are(counts: list[int]) -> None:
+    cells = np.array(counts, dtype=float)
+    assert merge_small_cells(cells, LEVELS, 11).tolist() == counts
+
+
+def test_a_table_with_fewer_rows_than_a_cell_may_have_releases_nothing() -> None:
+    marginals = Marginals.of(make_table(10), SCHEMA)
+    assert all(cells.sum() == 0 for cells in marginals.values())
+
+
+def test_histograms_of_sites_add_up_to_about_the_histogram_of_their_pool() -> None:
+    sites = [make_table(700, seed) for seed in range(8)]
+    summed = Marginals.of(sites[0], SCHEMA)
+    for table in sites[1:]:
+        summed = summed + Marginals.of(table, SCHEMA)
+    pool = pd.concat(sites)
+    for column in SCHEMA.modelled:
+        exact = exact_cells(pool[column.name], column)
+        difference = np.abs(np.cumsum(summed[column.name]) - np.cumsum(exact)).max()
+        assert difference / len(pool) < 0.02, column.name
+
+
+def test_the_wire_form_gives_the_same_histograms() -> None:
+    marginals = Marginals.of(make_table(300), SCHEMA)
+    back = Marginals.from_wire(marginals.to_wire(), SCHEMA)
+    assert all((back[name] == marginals[name]).all() for name in marginals)
+    assert len(back["lab"]) == num_cells(SCHEMA.column("lab")) + 1
+
+
+@pytest.mark.parametrize("cells", [[1.0], [float("nan")] * 4, [-1.0, 5, 5, 5], [float("inf")] * 4])
+def test_histograms_of_another_shape_or_with_impossible_counts_are_refused(cells: list[float]) -> None:
+    wire = Marginals.of(make_table(300), SCHEMA).to_wire() | {"race": cells}
+    with pytest.raises(MessageError, match="histogram of column 'race'"):
+        Marginals.from_wire(wire, SCHEMA)
+
+
+def test_histograms_of_other_columns_are_refused() -> None:
+    with pytest.raises(MessageError, match="expected histograms of 3 columns"):
+        Marginals.from_wire({"age": []}, SCHEMA)
+    with pytest.raises(MessageError, match="cannot be added"):
+        _ = Marginals({"a": np.zeros(2)}) + Marginals({"b": np.zeros(2)})
