@@ -1,0 +1,367 @@
+"""CDDPM: a conditional diffusion model of one table (MCRAGE, arXiv 2310.18430), usable with and without a federation.
+
+Example::
+
+    model = CDDPM(random_state=0).fit(table, schema)
+    rows = model.sample(500, conditions={"race": "Black", "readmitted": "yes"})
+    model.save("model")
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from sklearn.base import BaseEstimator
+
+from mcrage import rng
+from mcrage.data.marginals import Marginals
+from mcrage.data.schema import TableSchema
+from mcrage.data.transform import EncodedTable, TableTransform, check_table
+from mcrage.diffusion.denoiser import MLPDenoiser
+from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
+from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
+from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
+from mcrage.progress import ProgressReport
+from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
+
+FORMAT = 1
+_NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
+_SAMPLE_ROWS = 2048
+_LARGEST_WEIGHT = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the network and its diffusion are; the same at every site.
+
+    Attributes:
+        width: Hidden units per layer.
+        depth: Hidden layers.
+        diffusion: Scales and weights of the diffusion.
+    """
+
+    width: int = 256
+    depth: int = 3
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, largest in (("width", self.width, 4096), ("depth", self.depth, 32)):
+            if not 1 <= value <= largest:
+                raise ConfigError(f"{name} must be between 1 and {largest}, got {value}")
+
+
+class CDDPM(BaseEstimator):  # type: ignore[misc]
+    """A conditional denoising diffusion probabilistic model of mixed-type rows.
+
+    Rows are conditioned inside the network on any subset of the sensitive features and the target; none is ever
+    drawn and thrown away.
+
+    Args:
+        width: Hidden units per layer.
+        depth: Hidden layers.
+        steps: Training steps; by default a number that grows with the table (:func:`default_steps`).
+        batch_size: Rows per step.
+        learning_rate: Highest learning rate.
+        guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
+        sampling_steps: Steps of the sampler.
+        sampler: ``"dpm-solver"`` (few deterministic steps) or ``"ancestral"`` (many random ones).
+        random_state: Seed of everything that is random.
+        verbose: 0 is silent; 1 shows a progress bar, or lines where there is no terminal.
+
+    Attributes:
+        schema_: The data dictionary, once fitted.
+        transform: The map between tables and tensors, once fitted.
+        history_: Mean loss of each tenth of the training.
+    """
+
+    def __init__(  # noqa: PLR0913 — an estimator's settings, as scikit-learn wants them
+        self,
+        *,
+        width: int = 256,
+        depth: int = 3,
+        steps: int | None = None,
+        batch_size: int = 256,
+        learning_rate: float = 5e-3,
+        guidance: float = 0.0,
+        sampling_steps: int = 20,
+        sampler: str = "dpm-solver",
+        random_state: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        self.width = width
+        self.depth = depth
+        self.steps = steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.guidance = guidance
+        self.sampling_steps = sampling_steps
+        self.sampler = sampler
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def initialised(
+        cls,
+        schema: TableSchema,
+        marginals: Marginals | None,
+        *,
+        config: ModelConfig | None = None,
+        random_state: int = 0,
+    ) -> "CDDPM":
+        """An untrained model whose parameters are ready to be replaced.
+
+        Args:
+            schema: The data dictionary.
+            marginals: Histograms summed over sites; None encodes by the schema alone.
+            config: What the network is.
+            random_state: Seed of the initial parameters.
+        """
+        config = config or ModelConfig()
+        model = cls(width=config.width, depth=config.depth, random_state=random_state)
+        model._build(schema, marginals, config)
+        return model
+
+    def fit(self, table: pd.DataFrame, schema: TableSchema) -> "CDDPM":
+        """Trains on one table.
+
+        Args:
+            table: Rows with the schema's columns; more columns are ignored.
+            schema: The data dictionary.
+
+        Raises:
+            DataError: If the table does not follow the schema; with every problem.
+        """
+        config = ModelConfig(width=self.width, depth=self.depth)
+        check_table(table, schema)
+        self._build(schema, Marginals.of(table, schema), config)
+        encoded = self.transform.encode(table, generator=rng.stream(self.random_state, "encode"))
+        if not len(encoded):
+            raise ConfigError("the table has no rows; at least one is needed to train")
+        steps = self.steps or default_steps(len(encoded))
+        training = TrainingConfig(total_steps=steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        average = Averaged(self._network, training.ema_decay)
+        losses: list[float] = []
+        every = max(steps // 10, 1)
+        with ProgressReport("training", steps, enabled=self.verbose > 0, every=every) as progress:
+            for loss in train_steps(
+                self._network,
+                self._diffusion,
+                encoded,
+                config=training,
+                steps=range(steps),
+                generator=rng.torch_stream(self.random_state, "train"),
+            ):
+                average.update(self._network)
+                losses.append(loss)
+                progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
+        average.copy_to(self._network)
+        self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
+        return self
+
+    def sample(
+        self,
+        n: int,
+        conditions: Mapping[str, object] | pd.DataFrame | None = None,
+        *,
+        random_state: int | None = None,
+    ) -> pd.DataFrame:
+        """Generated rows with the schema's modelled columns, order and dtypes.
+
+        Args:
+            n: Number of rows.
+            conditions: Level per attribute (sensitive features and target), or a table with one row of levels per
+                row to generate (missing = open). Levels of a numeric feature are its bins, or a value inside one.
+            random_state: Seed; the model's own if None.
+
+        Raises:
+            NotFittedError: Before :meth:`fit`.
+            SamplingError: If a condition names no attribute or no level of it.
+        """
+        self._require_fitted()
+        if n < 0:
+            raise SamplingError(f"asked for {n} rows; at least 0 are possible")
+        if self.sampler not in ("dpm-solver", "ancestral"):
+            raise ConfigError(f"sampler must be 'dpm-solver' or 'ancestral', got '{self.sampler}'")
+        solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
+        constraint = self.transform.constrain(n, conditions)
+        generator = rng.torch_stream(self.random_state if random_state is None else random_state, "sample")
+        numeric, codes = [], []
+        with torch.no_grad():
+            for start in range(0, n, _SAMPLE_ROWS):
+                part = constraint.rows(slice(start, start + _SAMPLE_ROWS))
+                estimate = guided_estimate(
+                    self._network, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
+                )
+                rows = part.attributes.shape[0]
+                z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+                numeric.append(z)
+                codes.append(levels)
+        layout = self.transform.layout
+        return self.transform.decode(
+            torch.cat([torch.zeros(0, layout.num_numeric), *numeric]),
+            torch.cat([torch.zeros(0, len(layout.block_sizes), dtype=torch.int64), *codes]),
+        )
+
+    def loss(self, table: pd.DataFrame, *, random_state: int) -> float:
+        """Mean denoising loss on rows that were not trained on, with the condition given in full."""
+        self._require_fitted()
+        encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
+        generator = rng.torch_stream(random_state, "loss")
+        time = self._diffusion.schedule.draw_times(len(encoded), generator)
+        noise = torch.randn(len(encoded), self.transform.layout.width, generator=generator)
+        with torch.no_grad():
+            losses = self._diffusion.loss_at(
+                self._network, encoded, time=time, noise=noise, attributes=encoded.attributes
+            )
+        return float(losses.mean())
+
+    def train_locally(
+        self, encoded: EncodedTable, *, steps: range, config: TrainingConfig, generator: torch.Generator
+    ) -> LocalUpdate:
+        """One round at one site: trains in place from the current parameters.
+
+        Args:
+            encoded: The site's rows.
+            steps: Global numbers of the steps to take, which place them on the learning rate's path.
+            config: How parameters move.
+            generator: Draws everything that is random.
+
+        Returns:
+            The trained parameters and the mean loss; nothing else is in it.
+        """
+        losses = list(
+            train_steps(self._network, self._diffusion, encoded, config=config, steps=steps, generator=generator)
+        )
+        return LocalUpdate(self.parameters(), float(np.mean(losses)))
+
+    def parameters(self) -> dict[str, NDArray[np.float32]]:
+        """Copies of all trainable parameters, in a fixed order."""
+        self._require_fitted()
+        return {name: value.detach().numpy().copy() for name, value in self._network.named_parameters()}
+
+    def load_parameters(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+        """Replaces all trainable parameters.
+
+        Raises:
+            MessageError: If names, shapes, dtypes or values are not those of a model like this one.
+        """
+        self._require_fitted()
+        own = dict(self._network.named_parameters())
+        check_parameters(parameters, {name: tuple(value.shape) for name, value in own.items()})
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(torch.from_numpy(np.array(parameters[name])))
+
+    def describe(self) -> str:
+        """Everything but the parameters, as JSON text; a site rebuilds the model from it."""
+        self._require_fitted()
+        marginals = self.transform.marginals
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "schema": json.loads(self.schema_.to_json()),
+                "marginals": None if marginals is None else marginals.to_wire(),
+                "config": asdict(self.config_),
+            }
+        )
+
+    @classmethod
+    def from_description(cls, description: str) -> "CDDPM":
+        """The untrained model of a description.
+
+        Raises:
+            MessageError: If the text does not describe a model of this format.
+        """
+        try:
+            content: dict[str, Any] = json.loads(description)
+            if content["format"] != FORMAT:
+                raise MessageError(f"the model has format {content['format']}; this version reads format {FORMAT}")
+            schema = TableSchema.parse(content["schema"])
+            wire = content["marginals"]
+            marginals = None if wire is None else Marginals.from_wire(wire, schema)
+            config = dict(content["config"])
+            config["diffusion"] = DiffusionConfig(**config["diffusion"])
+            return cls.initialised(schema, marginals, config=ModelConfig(**config))
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"the text does not describe a model ({type(error).__name__})") from None
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``model.safetensors`` and ``model.json``; no pickle."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.parameters(), folder / "model.safetensors")
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        content = {"description": json.loads(self.describe()), "settings": self.get_params(), "sha256": digest}
+        (folder / "model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "CDDPM":
+        """The model that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: If a file is missing, damaged or not of this format.
+        """
+        folder = Path(directory)
+        try:
+            content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+            weights = (folder / "model.safetensors").read_bytes()
+            if hashlib.sha256(weights).hexdigest() != content["sha256"]:
+                raise CheckpointError(f"{folder}: model.safetensors does not have the checksum that model.json gives")
+            model = cls.from_description(json.dumps(content["description"]))
+            model.set_params(**content["settings"])
+            model.load_parameters(load_file(folder / "model.safetensors"))
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error.strerror or error}") from None
+        except (KeyError, ValueError, MessageError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: not a model of this version ({type(error).__name__})") from None
+        return model
+
+    def _build(self, schema: TableSchema, marginals: Marginals | None, config: ModelConfig) -> None:
+        self.schema_ = schema
+        self.config_ = config
+        self.transform = TableTransform(schema, marginals)
+        layout = self.transform.layout
+        self._diffusion = TabularDiffusion(layout, log_prior=self.transform.log_prior(), config=config.diffusion)
+        generator = rng.torch_stream(self.random_state, "initialise")
+        self._network = MLPDenoiser(layout, width=config.width, depth=config.depth, generator=generator)
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "schema_"):
+            raise NotFittedError("the model has no parameters yet: call fit, or load a saved one")
+
+
+def default_steps(rows: int) -> int:
+    """Training steps for a table: few for a small one, which long training would memorise."""
+    return int(np.clip(2 * rows, 300, 4000))
+
+
+def check_parameters(parameters: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless every parameter is there, and nothing else, each float32, of its shape, finite and not huge.
+
+    Raises:
+        MessageError: Naming the first parameter that is wrong, never a value of it.
+    """
+    if list(parameters) != list(shapes) and set(parameters) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
+        raise MessageError(f"parameters do not match: {len(missing)} missing {missing[:3]}, {len(extra)} unknown")
+    for name, shape in shapes.items():
+        value = parameters[name]
+        if value.dtype != np.float32 or value.shape != shape:
+            raise MessageError(f"parameter '{name}': expected float32 {shape}, got {value.dtype} {value.shape}")
+        if not np.isfinite(value).all():
+            raise MessageError(f"parameter '{name}' has values that are not finite")
+        if np.abs(value).max(initial=0.0) > _LARGEST_WEIGHT:
+            raise MessageError(f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")
+
+
+def log_prior(transform: TableTransform) -> torch.Tensor:
+    return transform.log_prior()

@@ -1,0 +1,96 @@
+"""From noise to rows: samplers are plain functions over a denoiser.
+
+Shape: all work on rows of ``layout.width`` numbers and return numeric parts (rows, num_numeric) and levels
+(rows, num_blocks).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mcrage.data.transform import Constraint
+from mcrage.diffusion.denoiser import Denoiser, one_hot
+from mcrage.diffusion.tabular import TabularDiffusion
+
+Estimate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def guided_estimate(
+    denoiser: Denoiser,
+    diffusion: TabularDiffusion,
+    constraint: Constraint,
+    *,
+    guidance: float,
+    numeric_limit: float,
+) -> Estimate:
+    """A function from (noisy, time) to the estimate of clean rows under a constraint.
+
+    Estimates stay within ``numeric_limit`` and within the constraint, exactly.
+    """
+    low = constraint.low.clamp(min=-numeric_limit)
+    high = constraint.high.clamp(max=numeric_limit)
+    sizes = diffusion.layout.block_sizes
+    fixed = one_hot(constraint.codes, sizes)
+    is_fixed = (constraint.codes >= 0)[:, diffusion.block_of_level]
+
+    def estimate(noisy: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        numeric, probabilities = diffusion.estimate(denoiser, noisy, time, constraint.attributes, guidance=guidance)
+        return numeric.clamp(low, high), torch.where(is_fixed, fixed, probabilities)
+
+    return estimate
+
+
+def dpm_solver(
+    estimate: Estimate, diffusion: TabularDiffusion, *, rows: int, steps: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "rows num_numeric"], Int[Tensor, "rows num_blocks"]]:
+    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): deterministic from the first noise to the last level draw."""
+    times, signal, noise = _path(diffusion, steps)
+    log_ratio = torch.log(signal / noise)
+    row = torch.randn(rows, diffusion.layout.width, generator=generator)
+    numeric = probabilities = previous = torch.zeros(0)
+    for here in range(steps):
+        numeric, probabilities = estimate(row, times[here].expand(rows))
+        clean = direction = diffusion.join(numeric, probabilities)
+        gap = log_ratio[here + 1] - log_ratio[here]
+        if here:
+            weight = 0.5 * gap / (log_ratio[here] - log_ratio[here - 1])
+            direction = (1 + weight) * clean - weight * previous
+        row = (noise[here + 1] / noise[here]) * row - signal[here + 1] * torch.expm1(-gap) * direction
+        previous = clean
+    return numeric, draw_levels(probabilities, diffusion.layout.block_sizes, generator)
+
+
+def ancestral(
+    estimate: Estimate, diffusion: TabularDiffusion, *, rows: int, steps: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "rows num_numeric"], Int[Tensor, "rows num_blocks"]]:
+    """The ancestral sampler (Ho et al., 2020, algorithm 2): fresh noise at each of many steps."""
+    times, signal, noise = _path(diffusion, steps)
+    row = torch.randn(rows, diffusion.layout.width, generator=generator)
+    numeric = probabilities = torch.zeros(0)
+    for here in range(steps):
+        numeric, probabilities = estimate(row, times[here].expand(rows))
+        clean = diffusion.join(numeric, probabilities)
+        kept = signal[here] / signal[here + 1]
+        variance = noise[here] ** 2 - kept**2 * noise[here + 1] ** 2
+        mean = kept * noise[here + 1] ** 2 * row + signal[here + 1] * variance * clean
+        spread = noise[here + 1] * variance.sqrt() / noise[here]
+        row = mean / noise[here] ** 2 + spread * torch.randn(row.shape, generator=generator)
+    return numeric, draw_levels(probabilities, diffusion.layout.block_sizes, generator)
+
+
+def draw_levels(
+    probabilities: Float[Tensor, "rows levels"], sizes: tuple[int, ...], generator: torch.Generator
+) -> Int[Tensor, "rows num_blocks"]:
+    """One level per block, drawn from its probabilities."""
+    parts = torch.split(probabilities, list(sizes), dim=1)
+    draws = [torch.multinomial(part, 1, generator=generator) for part in parts]
+    return torch.cat(draws, dim=1) if draws else torch.zeros(probabilities.shape[0], 0, dtype=torch.int64)
+
+
+def _path(diffusion: TabularDiffusion, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Times from noise to rows, with the signal and the noise there."""
+    times = torch.linspace(1.0, 0.0, steps + 1)
+    signal, noise = diffusion.schedule.signal_noise(times)
+    return times, signal[:, 0].clamp(min=1e-4), noise[:, 0]

@@ -1,0 +1,128 @@
+"""Training on one table: the same steps at a hospital and in the pooled comparison.
+
+Shape: rows are drawn as batches with replacement-free passes over the table; the learning rate depends on the global
+step, so that many short local trainings follow one schedule.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mcrage.data.transform import EncodedTable
+from mcrage.diffusion.denoiser import MLPDenoiser
+from mcrage.diffusion.tabular import TabularDiffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How parameters move.
+
+    Attributes:
+        total_steps: Steps of the whole training, over which the learning rate falls to zero.
+        batch_size: Rows per step.
+        learning_rate: Highest learning rate of AdamW.
+        warmup_steps: Steps over which the learning rate rises.
+        weight_decay: AdamW's.
+        clip_norm: Largest norm of a step's gradient.
+        proximal_mu: Weight of FedProx's pull towards the incoming parameters (Li et al., 2020, eq. 2).
+        ema_decay: Decay of the averaged parameters in training without a federation.
+    """
+
+    total_steps: int
+    batch_size: int = 512
+    learning_rate: float = 5e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    proximal_mu: float = 0.0
+    ema_decay: float = 0.995
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a global step: linear warm-up, then linear decay."""
+        warmup = max(min(self.warmup_steps, self.total_steps // 10), 1)
+        return self.learning_rate * min((step + 1) / warmup, max(1.0 - step / self.total_steps, 0.0))
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What a site's training gives: trainable parameters by name, and the mean loss of its steps."""
+
+    parameters: dict[str, NDArray[np.float32]]
+    loss: float
+
+
+class Averaged:
+    """Exponential moving average of parameters, with a decay that warms up so that short trainings are not held back.
+
+    The decay at update k is min(decay, (1 + k) / (10 + k)).
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.values = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def update(self, module: torch.nn.Module) -> None:
+        """Moves the average towards the module's parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.values, list(module.parameters()), 1.0 - decay)
+
+    def copy_to(self, module: torch.nn.Module) -> None:
+        """Sets the module's parameters to the average."""
+        with torch.no_grad():
+            for parameter, value in zip(module.parameters(), self.values, strict=True):
+                parameter.copy_(value)
+
+
+def train_steps(
+    module: MLPDenoiser,
+    diffusion: TabularDiffusion,
+    table: EncodedTable,
+    *,
+    config: TrainingConfig,
+    steps: range,
+    generator: torch.Generator,
+) -> Iterator[float]:
+    """Trains in place and gives the loss of each step; stop iterating to stop training.
+
+    Args:
+        module: The network; its parameters move.
+        diffusion: Its loss.
+        table: Rows of one site.
+        config: How parameters move.
+        steps: Global numbers of the steps to take.
+        generator: Draws batches, times, noise and open conditions.
+    """
+    parameters = list(module.parameters())
+    anchor = [parameter.detach().clone() for parameter in parameters] if config.proximal_mu else []
+    optimiser = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    batches = _batches(len(table), config.batch_size, generator)
+    for step in steps:
+        optimiser.param_groups[0]["lr"] = config.rate(step)
+        loss = diffusion.loss(module, table.rows(next(batches)), generator).mean()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        if anchor:
+            for parameter, start in zip(parameters, anchor, strict=True):
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - start, alpha=config.proximal_mu)
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimiser.step()
+        yield float(loss.detach())
+
+
+def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Row numbers of batch after batch: shuffled passes over the table, never a short batch."""
+    left = torch.zeros(0, dtype=torch.int64)
+    while True:
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(rows, generator=generator)])
+        yield left[:batch_size]
+        left = left[batch_size:]

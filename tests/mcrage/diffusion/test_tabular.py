@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcrage.data.transform import EncodedTable, Layout
+from mcrage.diffusion.denoiser import MLPDenoiser, one_hot
+from mcrage.diffusion.schedule import NoiseSchedule
+from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
+
+LAYOUT = Layout(num_numeric=2, block_sizes=(3, 2), attribute_sizes=(2, 2), missing_block=(-1, -1))
+
+
+def rows(count: int = 64, seed: int = 0) -> EncodedTable:
+    draw = torch.Generator().manual_seed(seed)
+    return EncodedTable(
+        numeric=torch.randn(count, 2, generator=draw),
+        codes=torch.stack([torch.randint(0, size, (count,), generator=draw) for size in LAYOUT.block_sizes], dim=1),
+        attributes=torch.randint(0, 2, (count, 2), generator=draw),
+    )
+
+
+def silent(noisy: Tensor, time: Tensor, attributes: Tensor) -> Tensor:
+    """A network that has learned nothing."""
+    return torch.zeros_like(noisy)
+
+
+@pytest.fixture
+def network() -> MLPDenoiser:
+    network = MLPDenoiser(LAYOUT, width=16, depth=2, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(network.outputs.weight, generator=torch.Generator().manual_seed(1))
+    return network
+
+
+def test_the_schedule_ends_in_noise_and_starts_almost_clean() -> None:
+    signal, noise = NoiseSchedule(least_noise=0.02).signal_noise(torch.tensor([0.0, 0.5, 1.0]))
+    assert noise[0].item() == pytest.approx(0.02)
+    assert abs(signal[2].item()) < 1e-6
+    assert torch.allclose(signal**2 + noise**2, torch.ones(3, 1))
+
+
+def test_training_times_lie_inside_the_schedule() -> None:
+    times = NoiseSchedule().draw_times(10_000, torch.Generator().manual_seed(0))
+    assert times.min() > 0
+    assert times.max() < 1
+    # the median of a logistic normal is one half; four standard errors
+    assert abs(float(times.median()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("time", [0.05, 0.4, 0.8])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_without_a_network_levels_have_the_posterior_of_bayes_rule(time: float, scale: float) -> None:
+    prior = torch.tensor([0.7, 0.2, 0.1, 0.5, 0.5])
+    diffusion = TabularDiffusion(LAYOUT, log_prior=prior.log(), config=DiffusionConfig(level_scale=scale))
+    batch = rows(32)
+    at = torch.full((32,), time)
+    signal, sigma = diffusion.schedule.signal_noise(at)
+    noisy = signal * diffusion.clean(batch) + sigma * torch.randn(32, 7, generator=torch.Generator().manual_seed(3))
+    _, probabilities = diffusion.estimate(silent, noisy, at, batch.attributes)
+    # the oracle enumerates the three levels of the first block
+    centre = prior * scale
+    likelihoods = []
+    for level in range(3):
+        clean = torch.zeros(3)
+        clean[level] = scale
+        mean = signal * (clean - centre[:3])
+        likelihoods.append(torch.exp(-((noisy[:, 2:5] - mean) ** 2).sum(1) / (2 * sigma[:, 0] ** 2)))
+    posterior = torch.stack(likelihoods, dim=1) * prior[:3]
+    assert torch.allclose(probabilities[:, :3], posterior / posterior.sum(1, keepdim=True), atol=2e-3)
+
+
+def test_a_perfect_velocity_gives_back_the_clean_numbers() -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    batch = rows()
+    time = torch.full((64,), 0.6)
+    signal, sigma = diffusion.schedule.signal_noise(time)
+    noise = torch.randn(64, 7, generator=torch.Generator().manual_seed(1))
+    clean = diffusion.clean(batch)
+    noisy = signal * clean + sigma * noise
+
+    def oracle(_noisy: Tensor, _time: Tensor, _attributes: Tensor) -> Tensor:
+        return signal * noise - sigma * clean
+
+    numeric, _ = diffusion.estimate(oracle, noisy, time, batch.attributes)
+    assert torch.allclose(numeric, batch.numeric, atol=1e-5)
+
+
+def test_the_loss_of_an_untrained_network_on_levels_at_full_noise_is_their_prior_entropy() -> None:
+    prior = torch.tensor([0.5, 0.25, 0.25, 0.5, 0.5])
+    diffusion = TabularDiffusion(LAYOUT, log_prior=prior.log(), config=DiffusionConfig(level_weight=1.0))
+    batch = EncodedTable(
+        numeric=torch.zeros(4, 2),
+        codes=torch.tensor([[0, 0], [0, 1], [1, 0], [2, 1]]),
+        attributes=torch.full((4, 2), -1),
+    )
+    loss = diffusion.loss_at(silent, batch, time=torch.ones(4), noise=torch.zeros(4, 7), attributes=batch.attributes)
+    entropy = (1.5 * math.log(2) + math.log(2)) / 2
+    assert float(loss.mean()) == pytest.approx(entropy, rel=1e-4)
+
+
+def test_rows_do_not_see_each_other(network: MLPDenoiser) -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    batch = rows(8)
+    time = torch.linspace(0.1, 0.9, 8)
+    noise = torch.randn(8, 7, generator=torch.Generator().manual_seed(2))
+    whole = diffusion.loss_at(network, batch, time=time, noise=noise, attributes=batch.attributes)
+    part = diffusion.loss_at(
+        network, batch.rows(torch.tensor([3])), time=time[3:4], noise=noise[3:4], attributes=batch.attributes[3:4]
+    )
+    assert torch.allclose(whole[3:4], part, atol=1e-5)
+
+
+def test_conditions_are_left_open_at_the_rates_of_the_configuration() -> None:
+    diffusion = TabularDiffusion(LAYOUT, config=DiffusionConfig(condition_dropout=0.2, condition_free=0.1))
+    dropped = diffusion.drop_conditions(torch.ones(20_000, 2, dtype=torch.int64), torch.Generator().manual_seed(0))
+    # an attribute is open with 1 − .9 · .8 = .28, both with .1 + .9 · .04 = .136; four standard errors are .013
+    assert float((dropped[:, 0] < 0).float().mean()) == pytest.approx(0.28, abs=0.013)
+    assert float((dropped < 0).all(1).float().mean()) == pytest.approx(0.136, abs=0.01)
+
+
+def test_the_label_is_decided_last_and_left_open_most_often() -> None:
+    layout = Layout(num_numeric=0, block_sizes=(2, 2), attribute_sizes=(2, 2), missing_block=(), target_block=1)
+    diffusion = TabularDiffusion(layout, config=DiffusionConfig(condition_dropout=0.1, target_dropout=0.5))
+    codes = torch.ones(4000, 2, dtype=torch.int64)
+    batch = EncodedTable(torch.zeros(4000, 0), codes, codes)
+    time = torch.full((4000,), 0.3)
+    signal, sigma = diffusion.schedule.signal_noise(time)
+    noise = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    _, probabilities = diffusion.estimate(silent, signal * diffusion.clean(batch) + sigma * noise, time, codes)
+    assert float(probabilities[:, 1].mean()) > 0.95
+    assert float(probabilities[:, 3].mean()) < 0.6
+    open_ = (diffusion.drop_conditions(codes, torch.Generator().manual_seed(0)) < 0).float().mean(0)
+    assert open_.tolist() == pytest.approx([0.19, 0.55], abs=0.03)
+
+
+def test_guidance_of_zero_asks_the_network_once_and_moves_nothing(network: MLPDenoiser) -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    batch = rows(4)
+    time, noisy = torch.full((4,), 0.5), torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    plain, _ = diffusion.estimate(network, noisy, time, batch.attributes)
+    zero, _ = diffusion.estimate(network, noisy, time, batch.attributes, guidance=0.0)
+    guided, _ = diffusion.estimate(network, noisy, time, batch.attributes, guidance=2.0)
+    open_, _ = diffusion.estimate(network, noisy, time, torch.full_like(batch.attributes, -1))
+    assert torch.equal(plain, zero)
+    assert torch.allclose(guided, plain + 2 * (plain - open_), atol=1e-4)
+
+
+def test_logits_stay_finite_for_extreme_outputs() -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    noisy = 50 * torch.randn(16, 7, generator=torch.Generator().manual_seed(0))
+
+    def wild(noisy: Tensor, _time: Tensor, _attributes: Tensor) -> Tensor:
+        return 1e3 * torch.sign(noisy)
+
+    for time in (0.0, 0.5, 1.0):
+        _, probabilities = diffusion.estimate(wild, noisy, torch.full((16,), time), torch.zeros(16, 2).long())
+        assert torch.isfinite(probabilities).all()
+        assert torch.allclose(probabilities[:, :3].sum(1), torch.ones(16), atol=1e-3)
+
+
+def test_an_open_code_is_all_zeros_one_hot() -> None:
+    assert one_hot(torch.tensor([[1, -1]]), (3, 2)).tolist() == [[0, 1, 0, 0, 0]]

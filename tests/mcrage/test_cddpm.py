@@ -1,0 +1,205 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mcrage import rng
+from mcrage.cddpm import CDDPM, ModelConfig, check_parameters, default_steps
+from mcrage.data.marginals import Marginals
+from mcrage.data.schema import TableSchema
+from mcrage.errors import CheckpointError, ConfigError, DataError, MessageError, NotFittedError, SamplingError
+from mcrage.training.local import TrainingConfig
+
+SCHEMA = TableSchema.parse(
+    {
+        "columns": [
+            {"name": "age", "kind": "integer", "role": "sensitive", "minimum": 18, "maximum": 95, "bins": [50]},
+            {"name": "race", "kind": "categorical", "categories": ["a", "b"], "role": "sensitive", "nullable": False},
+            {"name": "lab", "kind": "continuous", "minimum": 0, "maximum": 200, "decimals": 1},
+            {"name": "drug", "kind": "boolean"},
+            {"name": "died", "kind": "boolean", "role": "target", "nullable": False},
+        ]
+    }
+)
+
+
+def make_table(rows: int, seed: int = 0) -> pd.DataFrame:
+    """Race b has high labs, which are missing more often there; the label follows the lab."""
+    draw = np.random.default_rng(seed)
+    is_b = draw.random(rows) < 0.2
+    lab = np.where(is_b, draw.normal(90, 15, rows), draw.normal(60, 15, rows)).clip(0, 200).round(1)
+    died = draw.random(rows) < np.where(lab > 80, 0.7, 0.1)
+    return pd.DataFrame(
+        {
+            "age": pd.array(draw.integers(18, 96, rows), dtype="Int64"),
+            "race": pd.Categorical.from_codes(is_b.astype(int), categories=["a", "b"]),
+            "lab": np.where(draw.random(rows) < np.where(is_b, 0.4, 0.05), np.nan, lab),
+            "drug": pd.array(draw.random(rows) < 0.3, dtype="boolean"),
+            "died": pd.array(died, dtype="boolean"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted() -> CDDPM:
+    return CDDPM(width=64, depth=2, steps=1500, batch_size=128, random_state=3).fit(make_table(2000), SCHEMA)
+
+
+def test_rows_have_the_columns_order_and_dtypes_of_the_table(fitted: CDDPM) -> None:
+    rows, table = fitted.sample(50), make_table(50)
+    assert rows.dtypes.to_dict() == table.dtypes.to_dict()
+    assert list(rows.columns) == list(table.columns)
+    assert list(rows.index) == list(range(50))
+
+
+def test_a_condition_holds_in_every_row(fitted: CDDPM) -> None:
+    rows = fitted.sample(300, {"race": "b", "age": "50 and over", "died": True})
+    assert (rows["race"] == "b").all()
+    assert (rows["age"] >= 50).all()
+    assert rows["died"].all()
+
+
+def test_conditions_move_the_other_columns_as_in_the_data(fitted: CDDPM) -> None:
+    a, b = (fitted.sample(1500, {"race": race}) for race in "ab")
+    real = make_table(20_000, seed=1)
+    for rows, race in ((a, "a"), (b, "b")):
+        of_race = real[real["race"] == race]
+        assert rows["lab"].mean() == pytest.approx(of_race["lab"].mean(), abs=4)
+        assert rows["lab"].isna().mean() == pytest.approx(of_race["lab"].isna().mean(), abs=0.07)
+        assert rows["died"].mean() == pytest.approx(of_race["died"].mean(), abs=0.08)
+
+
+def test_open_conditions_give_the_mix_of_the_data(fitted: CDDPM) -> None:
+    rows = fitted.sample(3000)
+    assert (rows["race"] == "b").mean() == pytest.approx(0.2, abs=0.04)
+
+
+def test_a_table_of_conditions_is_met_row_by_row(fitted: CDDPM) -> None:
+    asked = pd.DataFrame({"race": ["a", "b"] * 20, "died": [True, None] * 20})
+    rows = fitted.sample(40, asked)
+    assert list(rows["race"]) == ["a", "b"] * 20
+    assert rows["died"][::2].all()
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_does_not(fitted: CDDPM) -> None:
+    pd.testing.assert_frame_equal(fitted.sample(20, random_state=1), fitted.sample(20, random_state=1))
+    assert not fitted.sample(20, random_state=1).equals(fitted.sample(20, random_state=2))
+
+
+def test_two_trainings_with_one_seed_give_the_same_bytes() -> None:
+    first, second = (CDDPM(width=8, depth=1, steps=20, random_state=5).fit(make_table(100), SCHEMA) for _ in range(2))
+    for name, value in first.parameters().items():
+        assert value.tobytes() == second.parameters()[name].tobytes()
+
+
+def test_few_deterministic_steps_agree_with_many_random_ones(fitted: CDDPM) -> None:
+    slow = CDDPM.from_description(fitted.describe()).set_params(sampler="ancestral", sampling_steps=200)
+    slow.load_parameters(fitted.parameters())
+    a, b = fitted.sample(2000), slow.sample(2000)
+    assert a["lab"].mean() == pytest.approx(b["lab"].mean(), abs=4)
+    assert a["died"].mean() == pytest.approx(b["died"].mean(), abs=0.05)
+
+
+def test_a_saved_model_samples_the_same_rows(fitted: CDDPM, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    loaded = CDDPM.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.sample(30), fitted.sample(30))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_damaged_model_is_refused(fitted: CDDPM, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        CDDPM.load(tmp_path)
+    fitted.save(tmp_path)
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="checksum"):
+        CDDPM.load(tmp_path)
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a model of this version"):
+        CDDPM.load(tmp_path)
+
+
+def test_a_site_rebuilds_the_model_from_its_description_and_trains_it() -> None:
+    table = make_table(300)
+    server = CDDPM.initialised(SCHEMA, Marginals.of(table, SCHEMA), config=ModelConfig(width=16, depth=1))
+    site = CDDPM.from_description(server.describe())
+    site.load_parameters(server.parameters())
+    before = site.loss(table, random_state=0)
+    encoded = site.transform.encode(table, generator=np.random.default_rng(0))
+    config = TrainingConfig(total_steps=100, batch_size=64)
+    update = site.train_locally(encoded, steps=range(100), config=config, generator=rng.torch_stream(0))
+    assert list(update.parameters) == list(server.parameters())
+    server.load_parameters(update.parameters)
+    assert server.loss(table, random_state=0) < before
+
+
+def test_without_histograms_the_schema_alone_is_enough() -> None:
+    model = CDDPM.initialised(SCHEMA, None, config=ModelConfig(width=8, depth=1))
+    assert len(CDDPM.from_description(model.describe()).sample(5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p | {"inputs.bias": np.full(8, np.nan, dtype=np.float32)}, "not finite"),
+        (lambda p: p | {"inputs.bias": np.zeros((1,), dtype=np.float32)}, r"expected float32 \(8,\)"),
+        (lambda p: p | {"inputs.bias": np.zeros(8)}, "got float64"),
+        (lambda p: p | {"inputs.bias": np.full(8, 1e4, dtype=np.float32)}, "beyond"),
+        (lambda p: p | {"spare": np.zeros(1, dtype=np.float32)}, "1 unknown"),
+        (lambda p: {name: value for name, value in p.items() if name != "inputs.bias"}, "1 missing"),
+    ],
+)
+def test_parameters_that_are_not_of_this_model_are_refused(change: object, message: str) -> None:
+    model = CDDPM.initialised(SCHEMA, None, config=ModelConfig(width=8, depth=1))
+    with pytest.raises(MessageError, match=message):
+        model.load_parameters(change(model.parameters()))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", json.dumps({"format": 99})])
+def test_a_text_that_describes_no_model_is_refused(text: str) -> None:
+    with pytest.raises(MessageError):
+        CDDPM.from_description(text)
+
+
+def test_clear_errors_for_what_cannot_be_done(fitted: CDDPM) -> None:
+    with pytest.raises(NotFittedError, match="call fit"):
+        CDDPM().sample(1)
+    with pytest.raises(SamplingError, match="has no level 'z'; it has a, b"):
+        fitted.sample(1, {"race": "z"})
+    with pytest.raises(SamplingError, match="asked for -1 rows"):
+        fitted.sample(-1)
+    with pytest.raises(ConfigError, match="no rows"):
+        CDDPM().fit(make_table(0), SCHEMA)
+    with pytest.raises(ConfigError, match="width must be between 1 and 4096"):
+        CDDPM(width=0).fit(make_table(5), SCHEMA)
+    with pytest.raises(ConfigError, match="sampler must be"):
+        CDDPM.initialised(SCHEMA, None).set_params(sampler="magic").sample(1)
+    with pytest.raises(DataError, match="column 'lab'"):
+        CDDPM().fit(make_table(20).drop(columns="lab"), SCHEMA)
+
+
+def test_no_rows_can_be_asked_for(fitted: CDDPM) -> None:
+    assert list(fitted.sample(0).columns) == list(make_table(1).columns)
+
+
+def test_the_default_training_length_grows_with_the_table() -> None:
+    lengths = [default_steps(rows) for rows in (10, 500, 5_000, 100_000)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[2]
+
+
+def test_progress_is_silent_by_default_and_shows_the_loss_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    CDDPM(width=8, depth=1, steps=20).fit(make_table(50), SCHEMA)
+    assert capsys.readouterr().err == ""
+    CDDPM(width=8, depth=1, steps=20, verbose=1).fit(make_table(50), SCHEMA)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert "training 20/20 loss" in lines[-1]
+
+
+def test_checking_parameters_accepts_what_is_right() -> None:
+    check_parameters({"a": np.ones(2, dtype=np.float32)}, {"a": (2,)})
