@@ -1,0 +1,89 @@
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.boundary import answer, incoming
+from mcrage.errors import DataError, MessageError, Problem
+from mcrage.messages import Outgoing, SiteLoss, SiteUpdate
+
+CANARY = "Mrs Jane Doe 1951-02-03"
+
+
+@pytest.fixture
+def instruction() -> Message:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    return Message(RecordDict({"config": ConfigRecord({"x": 1})}), 7, "train")
+
+
+def raising(error: Exception) -> Callable[[], Outgoing]:
+    def work() -> Outgoing:
+        raise error
+
+    return work
+
+
+def test_a_permitted_reply_leaves_whole(instruction: Message) -> None:
+    parameters = {"w": np.arange(3, dtype=np.float32)}
+    reply = answer(instruction, lambda: SiteUpdate(server_round=1, loss=0.5, parameters=parameters))
+    assert set(reply.content) == {"config", "arrays"}
+    assert dict(reply.content.config_records["config"]) == {"server-round": 1, "loss": 0.5}
+    np.testing.assert_array_equal(reply.content.array_records["arrays"]["w"].numpy(), parameters["w"])
+
+
+def test_the_text_of_an_error_stays_in_the_log_of_the_site(
+    instruction: Message, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, logger="mcrage.site"):
+        reply = answer(instruction, raising(ValueError(CANARY)))
+    assert reply.has_error()
+    assert CANARY not in repr(reply)
+    assert CANARY.encode() not in reply.deflate()
+    assert reply.error.code == 1000
+    assert CANARY in caplog.text
+    assert str(reply.error.reason) in caplog.text
+
+
+def test_the_kind_of_an_error_leaves(instruction: Message) -> None:
+    problem = Problem(code="E301", rule=CANARY, remedy="none")
+    reply = answer(instruction, raising(DataError([problem])))
+    assert (reply.error.code, CANARY in repr(reply)) == (1003, False)
+
+
+def test_what_is_not_on_the_list_does_not_leave(instruction: Message) -> None:
+    reply = answer(instruction, lambda: cast(Outgoing, {"rows": CANARY}))
+    assert reply.has_error()
+    assert CANARY not in repr(reply)
+
+
+def test_an_error_while_the_reply_is_made_is_an_error_too(instruction: Message) -> None:
+    broken: dict[str, Any] = {"w": CANARY}
+    reply = answer(instruction, lambda: SiteUpdate(server_round=1, loss=0.5, parameters=broken))
+    assert reply.has_error()
+    assert CANARY not in repr(reply)
+
+
+def test_an_interrupt_is_not_swallowed(instruction: Message) -> None:
+    def work() -> Outgoing:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(instruction, work)
+
+
+def test_an_instruction_comes_in_as_plain_data(instruction: Message) -> None:
+    instruction.content["arrays"] = ArrayRecord({"w": Array(np.ones(2, np.float32))})
+    wire = incoming(instruction)
+    assert wire.values == {"x": 1}
+    np.testing.assert_array_equal(wire.arrays["w"], np.ones(2))
+
+
+def test_an_instruction_with_other_records_is_refused(instruction: Message) -> None:
+    instruction.content["metrics"] = MetricRecord({"x": 1})
+    with pytest.raises(MessageError, match="expected a record"):
+        incoming(instruction)
+    assert answer(instruction, lambda: SiteLoss(server_round=incoming(instruction).values["x"], loss=1)).has_error()

@@ -1,0 +1,76 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from mcrage.config import RunConfig
+from mcrage.errors import ConfigError
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    config = RunConfig.parse({"local-steps": 7, "out-dir": "elsewhere", "num-threads": 2})
+    assert config.federation.local_steps == 7
+    assert config.places.out_dir == "elsewhere"
+    assert config.execution.num_threads == 2
+    assert config.federation.width == RunConfig().federation.width
+
+
+def test_the_flat_form_reads_back_to_the_same_settings() -> None:
+    config = RunConfig.parse({"strategy": "fedprox", "learning-rate": 0.25, "resume": True})
+    assert RunConfig.parse(config.to_flat()) == config
+
+
+def test_the_flower_app_declares_every_setting_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(text)["tool"]["flwr"]["app"]["config"] == RunConfig().to_flat()
+
+
+def test_everything_that_is_wrong_is_reported_at_once() -> None:
+    wrong = {"num-server-rounds": "three", "local-step": 5, "width": 3.0, "seed": True, "strategy": "best", "zz": 1}
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse(wrong)
+    lines = str(caught.value).splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == sorted(wrong)
+    assert "did you mean local-steps?" in str(caught.value)
+    assert "'three'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning-rate", float("nan")),
+        ("learning-rate", 0.0),
+        ("ema-decay", 1.0),
+        ("test-fraction", 0.0),
+        ("min-sites", 0),
+        ("quorum-wait-seconds", float("inf")),
+        ("out-dir", ""),
+        ("resume", 1),
+        ("local_steps", 5),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(key: str, value: float | str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        RunConfig.parse({key: value})
+
+
+def test_a_whole_number_serves_where_a_fraction_is_expected() -> None:
+    assert RunConfig.parse({"learning-rate": 1}) == RunConfig.parse({"learning-rate": 1.0})
+
+
+def test_the_fingerprint_follows_what_changes_the_result_and_nothing_else() -> None:
+    fingerprint = RunConfig().federation.fingerprint
+    elsewhere = RunConfig.parse({"out-dir": "b", "resume": True, "num-threads": 4, "round-timeout-seconds": 1.0})
+    assert elsewhere.federation.fingerprint == fingerprint
+    for key in ("seed", "width", "local-steps"):
+        assert RunConfig.parse({key: 17}).federation.fingerprint != fingerprint
+
+
+def test_total_steps_are_those_of_all_rounds() -> None:
+    assert RunConfig.parse({"num-server-rounds": 4, "local-steps": 5}).federation.total_steps == 20
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        RunConfig().federation.seed = 1  # type: ignore[misc]

@@ -1,0 +1,231 @@
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcrage.data.groups import Group, GroupCounts
+from mcrage.data.marginals import Marginals, num_cells
+from mcrage.data.schema import TableSchema
+from mcrage.errors import ConfigError, DataError, MessageError, Problem, SchemaError
+from mcrage.messages import (
+    DescribeInstruction,
+    EvaluateInstruction,
+    SiteDescription,
+    SiteError,
+    SiteLoss,
+    SiteUpdate,
+    TrainInstruction,
+    Wire,
+    counts_from_json,
+    counts_to_json,
+)
+
+PARAMETERS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+SHAPES = {"a": (2, 3), "b": (4,)}
+MODEL: dict[str, Any] = {"server_round": 2, "description": "{}", "test_fraction": 0.3, "seed": 1}
+STEPS: dict[str, Any] = {
+    "first_step": 5,
+    "local_steps": 5,
+    "total_steps": 20,
+    "batch_size": 8,
+    "learning_rate": 0.1,
+    "warmup_steps": 0,
+    "proximal_mu": 0.0,
+}
+
+
+def description(schema: TableSchema, *, with_marginals: bool = True) -> SiteDescription:
+    women = Group.of(sex="F", ill="True")
+    cells = {column.name: np.full(num_cells(column) + 1, 12.0) for column in schema.modelled}
+    return SiteDescription(
+        site="a",
+        schema_fingerprint=schema.fingerprint,
+        schema_text=schema.to_json(),
+        group_counts=GroupCounts({women: 40}, suppressed=[Group.of(sex="M", ill="True")]),
+        marginals=Marginals(cells) if with_marginals else None,
+        versions={"torch": "2"},
+    )
+
+
+def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) -> None:
+    fields = {kind.__name__: sorted(kind.model_fields) for kind in (SiteDescription, SiteUpdate, SiteLoss, SiteError)}
+    assert fields == {
+        "SiteDescription": ["group_counts", "marginals", "schema_fingerprint", "schema_text", "site", "versions"],
+        "SiteUpdate": ["loss", "parameters", "server_round"],
+        "SiteLoss": ["loss", "server_round"],
+        "SiteError": ["code", "error_id"],
+    }
+    assert sorted(description(tiny_schema).to_wire().values) == [
+        "group-counts",
+        "has-marginals",
+        "schema-fingerprint",
+        "schema-text",
+        "site",
+        "versions",
+    ]
+
+
+def test_instructions_come_back_as_they_went_out() -> None:
+    describe = DescribeInstruction(test_fraction=0.3, marginals=True)
+    train = TrainInstruction(**MODEL, **STEPS, parameters=PARAMETERS)
+    evaluate = EvaluateInstruction(**MODEL, parameters=PARAMETERS)
+    assert DescribeInstruction.from_wire(describe.to_wire()) == describe
+    assert TrainInstruction.from_wire(train.to_wire()) == train
+    assert EvaluateInstruction.from_wire(evaluate.to_wire()) == evaluate
+
+
+def test_replies_come_back_as_they_went_out() -> None:
+    update = SiteUpdate(server_round=1, loss=0.5, parameters=PARAMETERS)
+    assert SiteUpdate.from_wire(update.to_wire(), shapes=SHAPES) == update
+    loss = SiteLoss(server_round=1, loss=0.5)
+    assert SiteLoss.from_wire(loss.to_wire()) == loss
+
+
+@pytest.mark.parametrize("with_marginals", [True, False])
+def test_a_description_comes_back_as_it_went_out(tiny_schema: TableSchema, with_marginals: bool) -> None:
+    sent = description(tiny_schema, with_marginals=with_marginals)
+    got = SiteDescription.from_wire(sent.to_wire())
+    assert got.table_schema == tiny_schema
+    assert (dict(got.group_counts), got.group_counts.suppressed) == (
+        dict(sent.group_counts),
+        sent.group_counts.suppressed,
+    )
+    assert got.versions == sent.versions
+    wires = [None if m is None else m.to_wire() for m in (got.marginals, sent.marginals)]
+    assert wires[0] == wires[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"server-round": 0},
+        {"server-round": "2"},
+        {"server-round": True},
+        {"loss": float("nan")},
+        {"weight": 100.0},
+        {"parameters": 1},
+        {"server_round": 2},
+    ],
+)
+def test_values_that_were_not_agreed_are_refused(changes: dict[str, Any]) -> None:
+    wire = SiteUpdate(server_round=2, loss=0.5, parameters=PARAMETERS).to_wire()
+    bad = Wire({**wire.values, **changes}, wire.arrays)
+    with pytest.raises(MessageError, match="SiteUpdate"):
+        SiteUpdate.from_wire(bad, shapes=SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("a", np.ones((1,), np.float32)),
+        ("a", np.ones((3, 2), np.float32)),
+        ("a", np.ones((2, 3), np.float64)),
+        ("a", np.full((2, 3), np.nan, np.float32)),
+        ("a", np.full((2, 3), -np.inf, np.float32)),
+        ("a", np.full((2, 3), 1e30, np.float32)),
+        ("c", np.ones(1, np.float32)),
+    ],
+)
+def test_parameters_that_cannot_be_averaged_are_refused(name: str, array: np.ndarray[Any, Any]) -> None:
+    wire = SiteUpdate(server_round=1, loss=0.5, parameters=PARAMETERS | {name: array}).to_wire()
+    with pytest.raises(MessageError):
+        SiteUpdate.from_wire(wire, shapes=SHAPES)
+
+
+def test_a_missing_array_is_refused() -> None:
+    with pytest.raises(MessageError, match="missing"):
+        SiteUpdate.from_wire(Wire({"server-round": 1, "loss": 0.5}, {"a": PARAMETERS["a"]}), shapes=SHAPES)
+
+
+def test_parameters_take_the_order_of_the_model() -> None:
+    backwards = dict(reversed(PARAMETERS.items()))
+    update = SiteUpdate.from_wire(Wire({"server-round": 1, "loss": 0.5}, backwards), shapes=SHAPES)
+    assert list(update.parameters) == list(SHAPES)
+
+
+def test_a_loss_comes_without_arrays() -> None:
+    with pytest.raises(MessageError, match="without arrays"):
+        SiteLoss.from_wire(Wire({"server-round": 1, "loss": 0.5}, PARAMETERS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema-text": "{"}, "schema is not valid"),
+        ({"schema-fingerprint": "0" * 64}, "fingerprint"),
+        ({"site": "../etc"}, "site"),
+        ({"site": "A"}, "site"),
+        ({"group-counts": "[1"}, "not JSON"),
+        ({"versions": "[" * 100_000}, "not JSON"),
+        ({"versions": '{"torch": 2}'}, "versions"),
+        ({"has-marginals": False}, "announced"),
+        ({"has-marginals": 1}, "announced"),
+        ({"extra": 1}, "extra"),
+        ({"marginals": 1}, "as values"),
+    ],
+)
+def test_a_description_that_was_not_agreed_is_refused(
+    tiny_schema: TableSchema, changes: dict[str, Any], message: str
+) -> None:
+    wire = description(tiny_schema).to_wire()
+    with pytest.raises(MessageError, match=message):
+        SiteDescription.from_wire(Wire({**wire.values, **changes}, wire.arrays))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"counts": [[[["sex", "F"], ["ill", "True"]], 10]], "suppressed": []},
+        {"counts": [[[["sex", "F"], ["ill", "True"]], 11.0]], "suppressed": []},
+        {"counts": [[[["sex", "F"], ["ill", "True"]], True]], "suppressed": []},
+        {"counts": [[[["sex", "F"]], 40]], "suppressed": []},
+        {"counts": [[[["sex", "X"], ["ill", "True"]], 40]], "suppressed": []},
+        {"counts": [], "suppressed": [[["age", "18"], ["ill", "True"]]]},
+        {"counts": [40], "suppressed": []},
+        {"suppressed": []},
+        [],
+        7,
+    ],
+)
+def test_counts_that_were_not_agreed_are_refused(tiny_schema: TableSchema, content: object) -> None:
+    with pytest.raises(MessageError, match="group counts"):
+        counts_from_json(json.dumps(content), tiny_schema)
+
+
+@given(st.dictionaries(st.sampled_from([("F", "False"), ("F", "True"), ("M", "False")]), st.integers(11, 10**6)))
+def test_counts_come_back_as_they_went_out(shown: dict[tuple[str, str], int]) -> None:
+    columns = [
+        {"name": "sex", "kind": "categorical", "role": "sensitive", "categories": ["F", "M"]},
+        {"name": "ill", "kind": "boolean", "role": "target", "nullable": False},
+    ]
+    schema = TableSchema.parse({"columns": columns})
+    hidden = [Group.of(sex="M", ill="True")]
+    counts = GroupCounts({Group.of(sex=sex, ill=ill): n for (sex, ill), n in shown.items()}, suppressed=hidden)
+    got = counts_from_json(counts_to_json(counts), schema)
+    assert dict(got) == dict(counts)
+    assert got.suppressed == counts.suppressed
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 1001),
+        (SchemaError("x"), 1002),
+        (DataError([Problem(code="E1", rule="x", remedy="y")]), 1003),
+        (MessageError("x"), 1004),
+        (ValueError("Jane Doe"), 1000),
+    ],
+)
+def test_an_error_leaves_as_its_kind(error: Exception, code: int) -> None:
+    sent = SiteError.of(error, "0123abcd")
+    assert (sent.code, sent.error_id) == (code, "0123abcd")
+    assert "0123abcd" in str(sent)
+    assert SiteError.readable(sent.code, sent.error_id) == str(sent)
+
+
+@pytest.mark.parametrize(("code", "reason"), [(2, "ValueError: Jane Doe"), (1000, "Jane Doe"), (1000, None), (5, None)])
+def test_the_text_of_an_error_that_was_not_meant_for_the_server_is_not_repeated(code: int, reason: str | None) -> None:
+    assert SiteError.readable(code, reason) == f"the site's runtime failed with code {code}"

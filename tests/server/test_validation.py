@@ -1,0 +1,140 @@
+from functools import partial
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcrage.errors import MessageError
+from mcrage.messages import SiteUpdate
+from server.validation import Replies, check_replies, read_array, received
+
+CANARY = "Mrs Jane Doe 1951-02-03"
+ASKED = {11: "b", 12: "a", 13: "c"}
+GOOD = np.ones((2, 3), np.float32)
+
+
+def content(array: np.ndarray = GOOD, name: str = "w", **values: float | str) -> RecordDict:
+    config = ConfigRecord({"server-round": 2, "loss": 0.5, **values})
+    return RecordDict({"config": config, "arrays": ArrayRecord({name: Array(array)})})
+
+
+def reply(node_id: int, body: RecordDict | Error) -> Message:
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    return Message(body, reply_to=Message(RecordDict(), node_id, "train"))
+
+
+def check(*messages: Message) -> Replies[SiteUpdate]:
+    read = partial(SiteUpdate.from_wire, shapes={"w": (2, 3)})
+    return check_replies(messages, asked=ASKED, read=read, server_round=2)
+
+
+def test_good_replies_come_in_the_order_of_the_names() -> None:
+    replies = check(*(reply(node_id, content()) for node_id in ASKED))
+    assert list(replies.accepted) == ["a", "b", "c"]
+    assert replies.dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (content(np.full((2, 3), np.nan, np.float32)), "finite"),
+        (content(np.ones((1,), np.float32)), "expected float32"),
+        (content(np.ones((1, 3), np.float32)), "expected float32"),
+        (content(GOOD.astype(np.float64)), "expected float32"),
+        (content(GOOD.astype(np.int64)), "float32 or float64"),
+        (content(np.asfortranarray(GOOD)), "C order"),
+        (content(np.full((2, 3), 1e20, np.float32)), "beyond"),
+        (content(name="v"), "do not match"),
+        (content(**{"num-examples": 10**9}), "num-examples"),
+        (content(**{"server-round": 1}), "expected a reply of round 2"),
+        (content(loss=float("inf")), "loss"),
+        (RecordDict(), "expected the records"),
+        (RecordDict({**content(), "metrics": MetricRecord({"weight": 1e9})}), "expected the records"),
+        (RecordDict({**content(), "more": ArrayRecord()}), "expected the records"),
+        (Error(1003, "0123abcd"), "does not follow the schema"),
+        (Error(2, f"ValueError: {CANARY}"), "runtime failed"),
+    ],
+)
+def test_a_bad_reply_costs_its_site_the_round_and_no_other(bad: RecordDict | Error, reason: str) -> None:
+    replies = check(reply(11, bad), reply(12, content()), reply(13, content()))
+    assert list(replies.accepted) == ["a", "c"]
+    assert list(replies.dropped) == ["b"]
+    assert reason in replies.dropped["b"]
+    assert CANARY not in replies.dropped["b"]
+
+
+def test_a_site_that_does_not_answer_is_missing() -> None:
+    replies = check(reply(12, content()))
+    assert replies.dropped == {"b": "did not answer in time", "c": "did not answer in time"}
+
+
+def test_a_site_that_answers_twice_is_believed_neither_time() -> None:
+    replies = check(reply(11, content()), reply(12, content()), reply(11, content()), reply(11, content()))
+    assert list(replies.accepted) == ["a"]
+    assert replies.dropped["b"] == "answered twice"
+
+
+def test_a_node_that_was_not_asked_changes_nothing() -> None:
+    replies = check(*(reply(node_id, content()) for node_id in (11, 12, 13, 99)))
+    assert list(replies.accepted) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("value", [b"bytes", [1, 2], "x" * (2**24 + 1)])
+def test_values_are_scalars_of_bounded_size(value: object) -> None:
+    with pytest.raises(MessageError, match="expected a number or a text"):
+        received(RecordDict({"config": ConfigRecord({"x": value}), "arrays": ArrayRecord()}))  # type: ignore[dict-item]
+
+
+def test_there_are_not_endless_values() -> None:
+    many = ConfigRecord({f"x{place}": place for place in range(65)})
+    with pytest.raises(MessageError, match="at most 64"):
+        received(RecordDict({"config": many, "arrays": ArrayRecord()}))
+
+
+def claiming(dtype: str, shape: tuple[int, ...], data: bytes, stype: str = "numpy.ndarray") -> Array:
+    return Array(dtype, shape, stype, data)
+
+
+def saved(array: np.ndarray) -> bytes:
+    return bytes(Array(array).data)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (claiming("float32", (10**12,), saved(GOOD)), "at most"),
+        (claiming("float32", (10**9, 10**9, 10**9), saved(GOOD)), "at most"),
+        (claiming("float32", (3, 2), saved(GOOD)), "its bytes"),
+        (claiming("float32", (-2, -3), saved(GOOD)), "expected float32"),
+        (claiming("float64", (2, 3), saved(GOOD)), "its bytes"),
+        (claiming("object", (2, 3), saved(GOOD)), "expected float32"),
+        (claiming("float32", (2, 3), saved(GOOD.astype(">f4"))), "its bytes"),
+        (claiming("float32", (2, 3), saved(GOOD)[:-1]), "its bytes"),
+        (claiming("float32", (2, 3), saved(GOOD) + b"x"), "its bytes"),
+        (claiming("float32", (2, 3), saved(GOOD), stype="pickle"), "its bytes"),
+        (claiming("float32", (2, 3), b""), "its bytes"),
+    ],
+)
+def test_an_array_that_is_not_what_it_says_is_refused_before_memory_is_taken(array: Array, reason: str) -> None:
+    with pytest.raises(MessageError, match=reason):
+        read_array(array, "w")
+
+
+@given(st.binary(max_size=300), st.integers(0, 160))
+def test_any_bytes_either_are_the_array_or_are_refused(noise: bytes, keep: int) -> None:
+    data = saved(GOOD)[:keep] + noise
+    try:
+        array = read_array(claiming("float32", (2, 3), data), "w")
+    except MessageError:
+        return
+    assert (array.shape, array.dtype) == (GOOD.shape, GOOD.dtype)
+
+
+@given(st.lists(st.integers(0, 4), max_size=3).map(tuple), st.sampled_from([np.float32, np.float64]))
+def test_honest_arrays_arrive(shape: tuple[int, ...], dtype: type) -> None:
+    array = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
+    got = read_array(Array(array), "w")
+    np.testing.assert_array_equal(got, array, strict=True)
