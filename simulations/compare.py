@@ -17,8 +17,7 @@ Every seed has a folder of its own, and a seed whose folder has results is not r
 import json
 import tomllib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from simulations.experiment import run_experiment
 from simulations.results import RESULTS
 from simulations.settings import ExperimentConfig, Places, parse_config
 from simulations.study import COHORT, written_study
+from simulations.workers import worker_pool
 
 SUMMARY = "summary.json"
 _KEYS = ["site", "group", "model", "arm"]
@@ -107,15 +107,11 @@ def run_comparison(comparison: Comparison, out: Path, *, num_workers: int = 2, v
     Returns:
         What :func:`summarise` gives.
     """
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(num_workers) as pool:
         runs = [pool.submit(_run_seed, comparison, seed, out / f"seed-{seed}") for seed in comparison.seeds]
         with ProgressReport("seed", len(runs), enabled=verbose) as progress:
-            try:
-                for run in as_completed(runs):
-                    progress.advance(run.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for run in as_completed(runs):
+                progress.advance(run.result())
     values = pd.DataFrame(
         record
         for seed in comparison.seeds

@@ -13,13 +13,10 @@ killed run has done lies beside them (``federation/``, ``local/``, ``scores/``),
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +49,7 @@ from simulations.grid import InProcessGrid
 from simulations.results import HEADLINE_ARM, OWN_REPORT, OWN_RESULTS, REPORT, RESULTS, Finished, Plans, write_results
 from simulations.settings import ExperimentConfig, Places
 from simulations.study import Study
+from simulations.workers import worker_pool
 
 SYNTHETIC = "synthetic.csv"
 MODEL = "model"
@@ -76,7 +74,7 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
     check_study(study)
     _begin(study, config, places)
     sites = _split(study, config)
-    with _workers(places.num_workers) as pool:
+    with worker_pool(places.num_workers) as pool:
         # The federation takes one core: local models, which need nothing of it, take the others meanwhile.
         local = [pool.submit(train_local, task) for task in _local_trainings(study, sites, config, places)]
         outcome, curve = _federate(study, config, places)
@@ -274,19 +272,3 @@ def _wait(futures: Sequence[Future[Any]], title: str, *, verbose: bool) -> None:
         for future in as_completed(futures):
             short = future.result()
             progress.advance(f"{short:,} rows of its plans could not be had" if short else "")
-
-
-@contextmanager
-def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; after an error no further task is begun."""
-    kept = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when a process starts
-    pool = ProcessPoolExecutor(number, mp_context=get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if kept is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = kept
