@@ -28,10 +28,12 @@ def test_whole_numbers_of_64_bits_are_read_exactly(value: int, zeros: str) -> No
 
 
 @settings(deadline=None)
-@given(day=st.dates(), date_format=st.sampled_from(["%Y-%m-%d", "%d/%m/%Y", "%m.%d.%Y", "%Y%m%d"]))
+@given(
+    day=st.dates(min_value=dt.date(1000, 1, 1)),
+    date_format=st.sampled_from(["%Y-%m-%d", "%d/%m/%Y", "%m.%d.%Y", "%Y%m%d"]),
+)
 def test_dates_are_read_in_the_format_that_is_declared(day: dt.date, date_format: str) -> None:
     # Before the year 1000, strftime leaves leading zeros out on some systems.
-    day = day.replace(year=max(day.year, 1000))
     assert parser(column("date", date_format=date_format))(day.strftime(date_format)) == (day, "")
 
 
