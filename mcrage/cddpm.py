@@ -361,7 +361,3 @@ def check_parameters(parameters: Mapping[str, NDArray[np.float32]], shapes: Mapp
             raise MessageError(f"parameter '{name}' has values that are not finite")
         if np.abs(value).max(initial=0.0) > _LARGEST_WEIGHT:
             raise MessageError(f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")
-
-
-def log_prior(transform: TableTransform) -> torch.Tensor:
-    return transform.log_prior()

