@@ -25,7 +25,7 @@ MAX_CELLS = 256
 MAX_CODED_VALUES = 32
 """An integer column with at most this many possible values is modelled as levels, not as a number."""
 
-_FLOOR = 1e-3  # share of probability spread evenly, so that no value is impossible and the map stays invertible
+_FLOOR = 1e-6  # share of probability spread evenly, so that no value is impossible and the map stays invertible
 _EDGE = 1e-9  # keeps z within ±6
 
 

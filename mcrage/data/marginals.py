@@ -1,8 +1,8 @@
 """One-way histograms of a site's table: the one statistic that sites release so that numbers can be spread well.
 
-Every released cell stands for at least :data:`~mcrage.data.groups.MINIMUM_CELL` rows: neighbouring small cells are
-merged and their sum is shared out evenly, so that no count from 1 to 10 is in the release. Sums over sites are
-histograms again. Nothing else about single columns ever leaves a site.
+No count from 1 to 10 is in the release, nor can one be worked out: small cells are merged until at least
+:data:`~mcrage.data.groups.MINIMUM_CELL` rows stand behind what is said of them, and the sum is shared out by a rule
+that everybody knows. Sums over sites are histograms again. Nothing else about single columns ever leaves a site.
 
 Shape: per modelled column one vector of cells: the levels or the numeric cells, then the missing rows.
 """
@@ -30,7 +30,7 @@ class Marginals(Mapping[str, Floats]):
 
     @classmethod
     def of(cls, table: pd.DataFrame, schema: TableSchema, *, minimum: int = MINIMUM_CELL) -> "Marginals":
-        """Histograms of a table in which every cell stands for at least ``minimum`` rows."""
+        """Histograms of a table in which cells of fewer than ``minimum`` rows are merged."""
         return cls({c.name: merge_small_cells(exact_cells(table[c.name], c), c, minimum) for c in schema.modelled})
 
     def __add__(self, other: "Marginals") -> "Marginals":
@@ -103,10 +103,14 @@ def exact_cells(values: pd.Series, column: Column) -> Floats:
 
 
 def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:
-    """Merges cells until each merged one stands for ``minimum`` rows, and shares its rows out evenly.
+    """Merges cells until each merged one stands for ``minimum`` rows, and shares its rows out.
 
-    Cells of numbers merge with their neighbours; levels, which have no neighbours, with those nearest in size. If the
-    missing rows are too few to show, they join the largest run. A table with fewer rows than ``minimum`` gives zeros.
+    Cells of numbers and of ordered levels merge with their neighbours; levels without order with those nearest in size.
+    Numbers are given equal shares, but the last cells of a number fall on from the cell before them: even shares up to
+    the bound would make a dozen admissions a year as common as three. A small level that had to be merged with a large
+    one is given half of ``minimum``, and the large one the rest: an equal share would call a rare finding a common
+    one. If the missing rows are too few to show, they join the largest run. A table with fewer rows than ``minimum``
+    gives zeros.
     """
     present, missing = cells[:-1], float(cells[-1])
     has_order = column.is_numeric or column.kind == "ordinal"
@@ -117,9 +121,37 @@ def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:
         missing = 0.0
     merged = np.zeros(len(cells))
     for run, rows in zip(runs, sums, strict=True):
-        merged[run] = rows / len(run) if rows >= minimum else 0.0
+        if rows < minimum:
+            continue
+        if is_coded(column):
+            merged[run] = _shared(rows, present[run] < minimum, minimum)
+        else:
+            is_tail = len(present) - 1 in run and run[0] > 0
+            merged[run] = _falling(rows, len(run), merged[run[0] - 1] if is_tail else 0.0)
     merged[-1] = missing
     return merged
+
+
+def _shared(rows: float, small: NDArray[np.bool_], minimum: int) -> Floats:
+    """The rows of a run by cell: of the counts in it nothing enters but which of them are small."""
+    little = float(minimum // 2)
+    left = rows - little * small.sum()
+    if not small.any() or left < minimum * (~small).sum() or small.all():
+        return np.full(len(small), rows / len(small))
+    return np.where(small, little, left / (~small).sum())
+
+
+def _falling(rows: float, cells: int, before: float) -> Floats:
+    """The rows of a number's run: a geometric fall from the released rows of the cell before it, else equal shares."""
+    if not rows < before * cells:
+        return np.full(cells, rows / cells)
+    powers = np.arange(1, cells + 1)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        ratio = (low + high) / 2
+        low, high = (low, ratio) if before * (ratio**powers).sum() > rows else (ratio, high)
+    shares = high**powers
+    return np.asarray(rows * shares / shares.sum())
 
 
 def _runs(present: Floats, order: NDArray[np.int64], minimum: int) -> list[NDArray[np.int64]]:
