@@ -21,19 +21,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.base import BaseEstimator
+from torch import Tensor
 
 from mcrage import rng
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
-from mcrage.data.transform import EncodedTable, TableTransform, check_table
-from mcrage.diffusion.denoiser import MLPDenoiser
+from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
+from mcrage.diffusion.network import RowNetwork
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
 from mcrage.progress import ProgressReport
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
 
-FORMAT = 1
+FORMAT = 2
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
 _SAMPLE_ROWS = 2048
 _LARGEST_WEIGHT = 1e3
@@ -194,25 +195,20 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
         constraint = self.transform.constrain(n, conditions)
         generator = rng.torch_stream(self.random_state if random_state is None else random_state, "sample")
-        numeric, codes = [], []
+        parts: list[pd.DataFrame] = []
         with torch.no_grad():
-            for start in range(0, n, _SAMPLE_ROWS):
+            for start in range(0, max(n, 1), _SAMPLE_ROWS):
                 part = constraint.rows(slice(start, start + _SAMPLE_ROWS))
                 estimate = guided_estimate(
-                    self._network, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
+                    self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
                 )
                 rows = part.attributes.shape[0]
                 z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
-                numeric.append(z)
-                codes.append(levels)
-        layout = self.transform.layout
-        return self.transform.decode(
-            torch.cat([torch.zeros(0, layout.num_numeric), *numeric]),
-            torch.cat([torch.zeros(0, len(layout.block_sizes), dtype=torch.int64), *codes]),
-        )
+                parts.append(self.transform.decode(z, levels, self._labels(part, z, levels, generator)))
+        return pd.concat(parts, ignore_index=True)
 
     def loss(self, table: pd.DataFrame, *, random_state: int) -> float:
-        """Mean denoising loss on rows that were not trained on, with the condition given in full."""
+        """Mean loss on rows that were not trained on, the denoiser's with the condition given in full."""
         self._require_fitted()
         encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
         generator = rng.torch_stream(random_state, "loss")
@@ -220,8 +216,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         noise = torch.randn(len(encoded), self.transform.layout.width, generator=generator)
         with torch.no_grad():
             losses = self._diffusion.loss_at(
-                self._network, encoded, time=time, noise=noise, attributes=encoded.attributes
+                self._network.denoiser, encoded, time=time, noise=noise, attributes=encoded.attributes
             )
+            if self._network.label is not None:
+                losses = losses + self._network.label.loss(encoded)
         return float(losses.mean())
 
     def train_locally(
@@ -325,6 +323,14 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             raise CheckpointError(f"{folder}: not a model of this version ({type(error).__name__})") from None
         return model
 
+    def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
+        """The label of each row: as asked for, else drawn given the rest of the row."""
+        if self._network.label is None:
+            return torch.zeros(len(z), dtype=torch.int64)
+        given = asked.attributes[:, -1]
+        drawn = self._network.label.draw(levels, self.transform.covariates(z, levels), generator)
+        return torch.where(given < 0, drawn, given)
+
     def _build(self, schema: TableSchema, marginals: Marginals | None, config: ModelConfig) -> None:
         self.schema_ = schema
         self.config_ = config
@@ -332,7 +338,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         layout = self.transform.layout
         self._diffusion = TabularDiffusion(layout, log_prior=self.transform.log_prior(), config=config.diffusion)
         generator = rng.torch_stream(self.random_state, "initialise")
-        self._network = MLPDenoiser(layout, width=config.width, depth=config.depth, generator=generator)
+        self._network = RowNetwork(self.transform, width=config.width, depth=config.depth, generator=generator)
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "schema_"):

@@ -2,11 +2,11 @@
 
 Shape: a table of n rows becomes an :class:`EncodedTable`: ``numeric`` (n, N) of about unit variance in float64,
 ``codes`` (n, B) with one level per block, ``attributes`` (n, A) with the group level of each sensitive feature and of
-the target, −1 where it is not given. A missing cell is a level of its own, so that it is generated like any other
-value.
+the target, −1 where it is not given, and ``covariates`` (n, C) for the label model. A missing cell is a level of its
+own, so that it is generated like any other value. The label is no part of the diffused row: it is an attribute only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcrage.data.coding import NumericCoding, is_coded
+from mcrage.data.covariates import Covariates
 from mcrage.data.groups import group_codes, level_code, numbers
 from mcrage.data.marginals import Marginals, cell_codes, coded_levels
 from mcrage.data.schema import Column, TableSchema
@@ -49,14 +50,16 @@ class Layout:
         block_sizes: Levels of each categorical block.
         attribute_sizes: Levels of each attribute that rows can be conditioned on.
         missing_block: For each numeric part the block that says whether it is missing; −1 if it never is.
-        target_block: The block of the label, which is also the last attribute; −1 without a label.
+        num_covariates: Numbers that the label model sees.
+        has_target: Whether there is a label; it is the last attribute.
     """
 
     num_numeric: int
     block_sizes: tuple[int, ...]
     attribute_sizes: tuple[int, ...]
     missing_block: tuple[int, ...]
-    target_block: int = -1
+    num_covariates: int = 0
+    has_target: bool = False
 
     @property
     def width(self) -> int:
@@ -71,13 +74,14 @@ class EncodedTable:
     numeric: Float[Tensor, "rows num_numeric"]
     codes: Int[Tensor, "rows num_blocks"]
     attributes: Int[Tensor, "rows num_attributes"]
+    covariates: Float[Tensor, "rows num_covariates"]
 
     def __len__(self) -> int:
         return self.codes.shape[0]
 
     def rows(self, index: Int[Tensor, " batch"]) -> "EncodedTable":
         """The rows of an index, repeats allowed."""
-        return EncodedTable(self.numeric[index], self.codes[index], self.attributes[index])
+        return EncodedTable(self.numeric[index], self.codes[index], self.attributes[index], self.covariates[index])
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class TableTransform:
         self.blocks: list[Block] = []
         self.codings: list[NumericCoding] = []
         missing_block: list[int] = []
-        for column in schema.modelled:
+        for column in schema.features:
             if is_coded(column):
                 self.blocks.append(Block(column, len(coded_levels(column)) + column.nullable, only_missing=False))
                 continue
@@ -122,12 +126,16 @@ class TableTransform:
             missing_block.append(len(self.blocks) if column.nullable else -1)
             if column.nullable:
                 self.blocks.append(Block(column, 2, only_missing=True))
+        self.covariates = Covariates(
+            self.codings, missing=missing_block, ranked=_ranked(self.blocks), marginals=marginals
+        )
         self.layout = Layout(
             num_numeric=len(self.codings),
             block_sizes=tuple(block.size for block in self.blocks),
             attribute_sizes=tuple(len(column.group_levels) for column in schema.attributes),
             missing_block=tuple(missing_block),
-            target_block=next((i for i, block in enumerate(self.blocks) if block.column.role == "target"), -1),
+            num_covariates=self.covariates.number,
+            has_target=schema.has_target,
         )
 
     def encode(self, table: pd.DataFrame, *, generator: np.random.Generator) -> EncodedTable:
@@ -153,14 +161,23 @@ class TableTransform:
         for position, block in enumerate(self.blocks):
             values_ = table[block.column.name]
             codes[:, position] = values_.isna() if block.only_missing else cell_codes(values_, block.column)
-        return EncodedTable(
-            torch.from_numpy(numeric),
-            torch.from_numpy(codes),
-            torch.from_numpy(group_codes(table, self.schema.attributes)),
-        )
+        z, levels = torch.from_numpy(numeric), torch.from_numpy(codes)
+        attributes = torch.from_numpy(group_codes(table, self.schema.attributes))
+        return EncodedTable(z, levels, attributes, self.covariates(z, levels))
 
-    def decode(self, numeric: Float[Tensor, "rows num_numeric"], codes: Int[Tensor, "rows num_blocks"]) -> pd.DataFrame:
-        """The table of encoded rows, with the schema's columns, order and dtypes."""
+    def decode(
+        self,
+        numeric: Float[Tensor, "rows num_numeric"],
+        codes: Int[Tensor, "rows num_blocks"],
+        labels: Int[Tensor, " rows"],
+    ) -> pd.DataFrame:
+        """The table of encoded rows, with the schema's columns, order and dtypes.
+
+        Args:
+            numeric: Numeric parts.
+            codes: Level of each block.
+            labels: Level of the target; unused where there is none.
+        """
         z, levels = numeric.double().numpy(), codes.numpy()
         by_name: dict[str, pd.Series] = {}
         missing = {
@@ -175,6 +192,8 @@ class TableTransform:
             if not block.only_missing:
                 name = block.column.name
                 by_name[name] = _level_series(levels[:, position], missing.get(name), block.column)
+        if self.schema.has_target:
+            by_name[self.schema.target.name] = _level_series(labels.numpy(), None, self.schema.target)
         return pd.DataFrame({column.name: by_name[column.name] for column in self.schema.modelled})
 
     def constrain(self, rows: int, conditions: Mapping[str, object] | pd.DataFrame | None) -> Constraint:
@@ -211,6 +230,11 @@ class TableTransform:
         parts = [_prior(block, self.marginals) for block in self.blocks]
         return torch.from_numpy(np.log(np.concatenate([np.zeros(0), *parts]))).float()
 
+    def label_log_odds(self) -> float:
+        """Log odds of the label's second level over all rows, from the histograms; 0 where there are none."""
+        rows = np.zeros(2) if self.marginals is None else self.marginals[self.schema.target.name][:2]
+        return float(np.log((rows[1] + 1.0) / (rows[0] + 1.0)))
+
 
 def check_table(table: pd.DataFrame, schema: TableSchema) -> None:
     """Raises a DataError with every problem unless the table's modelled columns follow the schema."""
@@ -231,6 +255,15 @@ def check_table(table: pd.DataFrame, schema: TableSchema) -> None:
                 problems.append(_problem("E509", column, unseen, len(table), rule, remedy))
     if problems:
         raise DataError(problems)
+
+
+def _ranked(blocks: Sequence[Block]) -> list[tuple[int, Column, int]]:
+    """Blocks whose levels have an order, with the number of levels without *missing*."""
+    return [
+        (position, block.column, len(coded_levels(block.column)))
+        for position, block in enumerate(blocks)
+        if not block.only_missing and (block.column.is_numeric or block.column.kind == "ordinal")
+    ]
 
 
 def _prior(block: Block, marginals: Marginals | None) -> NDArray[np.float64]:

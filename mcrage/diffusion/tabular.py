@@ -34,23 +34,18 @@ class DiffusionConfig:
     Attributes:
         level_scale: Length of a one-hot vector before noise.
         missing_scale: The same for whether a number is missing, which is decided before the number is.
-        target_scale: The same for the label, which is decided last: its softmax then is a classifier of almost clean
-            rows, and rows carry what all sites know of the label given everything else.
         level_weight: Weight of the mean cross-entropy over levels against the mean numeric loss.
-        target_weight: Weight of the label among the levels.
         condition_dropout: Probability that a sensitive feature of the condition is left open in training (Ho and
             Salimans, 2022), each on its own.
-        target_dropout: The same for the label: while it is given, nothing is learned of how to predict it.
+        target_dropout: The same for the label.
         condition_free: Probability that the whole condition is left open.
     """
 
     level_scale: float = 2.0
     missing_scale: float = 4.0
-    target_scale: float = 0.1
     level_weight: float = 4.0
-    target_weight: float = 2.0
     condition_dropout: float = 0.1
-    target_dropout: float = 0.8
+    target_dropout: float = 0.5
     condition_free: float = 0.1
 
 
@@ -85,18 +80,13 @@ class TabularDiffusion:
         self._can_miss = self._missing_block >= 0
         scales = torch.full((len(layout.block_sizes),), self.config.level_scale)
         scales[self._missing_block[self._can_miss]] = self.config.missing_scale
-        weights = torch.full_like(scales, self.config.level_weight / max(len(scales), 1))
-        if layout.target_block >= 0:
-            scales[layout.target_block] = self.config.target_scale
-            weights[layout.target_block] *= self.config.target_weight
-        self._weights = weights
+        self._level_weight = self.config.level_weight / max(len(scales), 1)
         self._scale = scales[self.block_of_level]
         self._offset = self.probabilities(self.log_prior[None])[0] * self._scale
 
     def clean(self, batch: EncodedTable) -> Float[Tensor, "batch width"]:
         """Rows as they are diffused: levels one-hot, scaled and centred on the prior."""
-        levels = one_hot(batch.codes, self.layout.block_sizes) * self._scale - self._offset
-        return torch.cat([batch.numeric.float(), levels], dim=1)
+        return self._clean(batch, one_hot(batch.codes, self.layout.block_sizes))
 
     def loss(self, denoiser: Denoiser, batch: EncodedTable, generator: torch.Generator) -> Float[Tensor, " batch"]:
         """One loss per row at a random time: velocity error plus weighted cross-entropy.
@@ -120,17 +110,18 @@ class TabularDiffusion:
     ) -> Float[Tensor, " batch"]:
         """The loss with time, noise and condition given by the caller."""
         signal, sigma = self.schedule.signal_noise(time)
-        clean = self.clean(batch)
+        levels = one_hot(batch.codes, self.layout.block_sizes)
+        clean = self._clean(batch, levels)
         noisy = signal * clean + sigma * noise
         split = self.layout.num_numeric
         evidence = self._evidence(noisy, time)
         output = denoiser(self._network_input(noisy, evidence), time, attributes)
         velocity = signal * noise[:, :split] - sigma * clean[:, :split]
-        present = 1.0 - self._missing(one_hot(batch.codes, self.layout.block_sizes))
+        present = 1.0 - self._missing(levels)
         error = (present * (output[:, :split] - velocity) ** 2).sum(1) / max(split, 1)
         logits = evidence + output[:, split:]
         picked = logits.gather(1, batch.codes + self._starts)
-        entropy = ((self._log_sum(logits) - picked) * self._weights).sum(1)
+        entropy = self._level_weight * (self._log_sum(logits) - picked).sum(1)
         return error + entropy
 
     def drop_conditions(
@@ -138,7 +129,7 @@ class TabularDiffusion:
     ) -> Int[Tensor, "batch num_attributes"]:
         """The condition with attributes left open at random, one by one and all at once."""
         rates = torch.full((attributes.shape[1],), self.config.condition_dropout)
-        if self.layout.target_block >= 0:
+        if self.layout.has_target:
             rates[-1] = self.config.target_dropout
         each = torch.rand(attributes.shape, generator=generator) < rates
         every = torch.rand(attributes.shape[0], 1, generator=generator) < self.config.condition_free
@@ -178,6 +169,9 @@ class TabularDiffusion:
     def probabilities(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch levels"]:
         """Softmax within each block."""
         return torch.exp(logits - self._log_sum(logits)[:, self.block_of_level])
+
+    def _clean(self, batch: EncodedTable, levels: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch width"]:
+        return torch.cat([batch.numeric.float(), levels * self._scale - self._offset], dim=1)
 
     def _missing(self, probabilities: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch num_numeric"]:
         """Probability that each number is missing."""

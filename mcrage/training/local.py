@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mcrage.data.transform import EncodedTable
-from mcrage.diffusion.denoiser import MLPDenoiser
+from mcrage.diffusion.network import RowNetwork
 from mcrage.diffusion.tabular import TabularDiffusion
 
 
@@ -27,6 +27,8 @@ class TrainingConfig:
         warmup_steps: Steps over which the learning rate rises.
         weight_decay: AdamW's.
         clip_norm: Largest norm of a step's gradient.
+        label_learning_rate: Highest learning rate of the label model, by gradient descent with momentum: Adam's steps,
+            scaled by what each site sees, would not meet where the gradients of all sites cancel.
         proximal_mu: Weight of FedProx's pull towards the incoming parameters (Li et al., 2020, eq. 2).
         ema_decay: Decay of the averaged parameters in training without a federation.
     """
@@ -37,13 +39,14 @@ class TrainingConfig:
     warmup_steps: int = 200
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    label_learning_rate: float = 2e-3
     proximal_mu: float = 0.0
     ema_decay: float = 0.995
 
     def rate(self, step: int) -> float:
-        """Learning rate at a global step: linear warm-up, then linear decay."""
+        """Share of the highest learning rate at a global step: linear warm-up, then linear decay."""
         warmup = max(min(self.warmup_steps, self.total_steps // 10), 1)
-        return self.learning_rate * min((step + 1) / warmup, max(1.0 - step / self.total_steps, 0.0))
+        return min((step + 1) / warmup, max(1.0 - step / self.total_steps, 0.0))
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Averaged:
 
 
 def train_steps(
-    module: MLPDenoiser,
+    network: RowNetwork,
     diffusion: TabularDiffusion,
     table: EncodedTable,
     *,
@@ -91,31 +94,51 @@ def train_steps(
     """Trains in place and gives the loss of each step; stop iterating to stop training.
 
     Args:
-        module: The network; its parameters move.
-        diffusion: Its loss.
+        network: Its parameters move.
+        diffusion: Loss of its denoiser.
         table: Rows of one site.
         config: How parameters move.
         steps: Global numbers of the steps to take.
         generator: Draws batches, times, noise and open conditions.
     """
-    parameters = list(module.parameters())
+    parameters, of_denoiser = list(network.parameters()), list(network.denoiser.parameters())
     anchor = [parameter.detach().clone() for parameter in parameters] if config.proximal_mu else []
-    optimiser = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    optimisers = _optimisers(network, config)
     batches = _batches(len(table), config.batch_size, generator)
     for step in steps:
-        optimiser.param_groups[0]["lr"] = config.rate(step)
-        loss = diffusion.loss(module, table.rows(next(batches)), generator).mean()
-        optimiser.zero_grad()
+        loss = _loss(network, diffusion, table.rows(next(batches)), generator)
+        for optimiser, _ in optimisers:
+            optimiser.zero_grad()
         torch.autograd.backward(loss)
         if anchor:
             for parameter, start in zip(parameters, anchor, strict=True):
                 assert parameter.grad is not None
                 parameter.grad.add_(parameter.detach() - start, alpha=config.proximal_mu)
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimiser.step()
+        torch.nn.utils.clip_grad_norm_(of_denoiser, config.clip_norm)
+        for optimiser, highest in optimisers:
+            optimiser.param_groups[0]["lr"] = highest * config.rate(step)
+            optimiser.step()
         yield float(loss.detach())
+
+
+def _loss(
+    network: RowNetwork, diffusion: TabularDiffusion, batch: EncodedTable, generator: torch.Generator
+) -> torch.Tensor:
+    loss = diffusion.loss(network.denoiser, batch, generator).mean()
+    return loss if network.label is None else loss + network.label.loss(batch).mean()
+
+
+def _optimisers(network: RowNetwork, config: TrainingConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimiser of each part with its highest learning rate."""
+    denoiser = torch.optim.AdamW(
+        network.denoiser.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    optimisers: list[tuple[torch.optim.Optimizer, float]] = [(denoiser, config.learning_rate)]
+    if network.label is not None:
+        # Standardised inputs have a curvature of at most their number: steps beyond its inverse may diverge.
+        highest = min(config.label_learning_rate, 1.0 / network.label.weights.in_features)
+        optimisers.append((torch.optim.SGD(network.label.parameters(), lr=highest, momentum=0.9), highest))
+    return optimisers
 
 
 def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

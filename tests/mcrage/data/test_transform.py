@@ -73,7 +73,7 @@ def test_a_table_of_thirteen_dtypes_comes_back_as_it_went_in(seed: int, released
     marginals = Marginals.of(make_table(400, seed=9), SCHEMA) if released else None
     transform = TableTransform(SCHEMA, marginals)
     encoded = transform.encode(table, generator=np.random.default_rng(seed))
-    back = transform.decode(encoded.numeric, encoded.codes)
+    back = transform.decode(encoded.numeric, encoded.codes, encoded.attributes[:, -1])
     # temp has no decimals: exact up to float32; beyond the 1e-4 quantiles it moves to the edge
     pd.testing.assert_series_equal(back.pop("temp"), table.pop("temp"), atol=0.5)
     pd.testing.assert_frame_equal(back, table)
@@ -110,7 +110,7 @@ def test_encoding_a_row_does_not_depend_on_other_rows(transform: TableTransform)
 def test_values_outside_the_bounds_come_back_at_the_bound(transform: TableTransform) -> None:
     table = make_table(10).assign(lab=1e6, cost=-5.0)
     encoded = transform.encode(table, generator=np.random.default_rng(0))
-    back = transform.decode(encoded.numeric, encoded.codes)
+    back = transform.decode(encoded.numeric, encoded.codes, encoded.attributes[:, -1])
     assert (back["lab"] == 500).all()
     assert (back["cost"] == 0).all()
 
@@ -118,7 +118,8 @@ def test_values_outside_the_bounds_come_back_at_the_bound(transform: TableTransf
 def test_any_model_number_decodes_inside_the_schema(transform: TableTransform) -> None:
     layout = transform.layout
     z = torch.linspace(-9, 9, 50)[:, None].expand(50, layout.num_numeric)
-    back = transform.decode(z, torch.zeros(50, len(layout.block_sizes), dtype=torch.int64))
+    zeros = torch.zeros(50, len(layout.block_sizes) + 1, dtype=torch.int64)
+    back = transform.decode(z, zeros[:, 1:], zeros[:, 0])
     assert back["lab"].between(0, 500).all()
     assert back["age"].between(18, 95).all()
     assert back["seen"].between("2019-01-01", "2022-12-31").all()
