@@ -86,8 +86,8 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
         write_rows(pools[HEADLINE_ARM], (places.out / SYNTHETIC).with_suffix(".parquet"))
         tasks = _site_tasks(study, sites, plans, pools, config=config, places=places)
         _wait([pool.submit(score_site, task) for task in tasks], "evaluation: hospital", verbose=places.verbose)
-    finished = Finished(study=study, sites=sites, outcome=outcome, fidelity=curve, plans=plans, started=started)
-    return write_results(finished, config, places)
+        finished = Finished(study=study, sites=sites, outcome=outcome, fidelity=curve, plans=plans, started=started)
+        return write_results(finished, config, places, pool)
 
 
 def check_study(study: Study) -> None:

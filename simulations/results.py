@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from mcrage import __version__
+from mcrage.data.schema import TableSchema
 from mcrage.evaluation.arms import SiteScores
 from mcrage.evaluation.report import ALL, HEADLINE_METRIC, RunResults
 from mcrage.evaluation.summary import Summary, summarise
@@ -59,11 +61,19 @@ class Finished:
     started: float
 
 
-def write_results(finished: Finished, config: ExperimentConfig, places: Places) -> RunResults:
-    """Writes results and report for each test set; returns those on the common one, if there is one."""
+def write_results(finished: Finished, config: ExperimentConfig, places: Places, pool: Executor) -> RunResults:
+    """Writes results and report for each test set; returns those on the common one, if there is one.
+
+    Args:
+        finished: The experiment.
+        config: Its settings.
+        places: Where its scores are and its files go.
+        pool: Summarises each test set in a process of its own.
+    """
     study = finished.study
     scores = [load_scores(places.scores(site_id)) for site_id in study.site_ids]
-    summaries = {test_set: _summary(scores, test_set, study, config) for test_set in scores[0]}
+    summarised = {test_set: pool.submit(_summary, scores, test_set, study.schema, config) for test_set in scores[0]}
+    summaries = {test_set: each.result() for test_set, each in summarised.items()}
     headline = COMMON if COMMON in summaries else OWN
     run = _run(finished, config)
     minorities = _minority_groups(summaries[headline], run)
@@ -90,11 +100,11 @@ def write_results(finished: Finished, config: ExperimentConfig, places: Places) 
 
 
 def _summary(
-    scores: Sequence[Mapping[str, SiteScores]], test_set: str, study: Study, config: ExperimentConfig
+    scores: Sequence[Mapping[str, SiteScores]], test_set: str, schema: TableSchema, config: ExperimentConfig
 ) -> Summary:
     return summarise(
         [of_site[test_set] for of_site in scores],
-        study.schema,
+        schema,
         seed=config.seed,
         num_replicates=config.num_replicates,
         minimum=config.minimum_cell,

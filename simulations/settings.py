@@ -30,8 +30,8 @@ class ExperimentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     federation: FederationConfig = FederationConfig()
-    target_multiple: float = Field(default=3.0, gt=0)
-    minority_floor: int = Field(default=150, ge=0)
+    target_multiple: float = Field(default=5.0, gt=0)
+    minority_floor: int = Field(default=250, ge=0)
     modelled_rows: int = Field(default=10_000, ge=100)
     local_models: bool = True
     fidelity_every: int = Field(default=5, ge=0)
