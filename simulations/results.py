@@ -68,12 +68,13 @@ def write_results(finished: Finished, config: ExperimentConfig, places: Places, 
         finished: The experiment.
         config: Its settings.
         places: Where its scores are and its files go.
-        pool: Summarises each test set in a process of its own.
+        pool: Summarises each test set in a process of its own; it is done with afterwards.
     """
     study = finished.study
     scores = [load_scores(places.scores(site_id)) for site_id in study.site_ids]
     summarised = {test_set: pool.submit(_summary, scores, test_set, study.schema, config) for test_set in scores[0]}
     summaries = {test_set: each.result() for test_set, each in summarised.items()}
+    pool.shutdown()  # the system tells the memory of processes that have ended only
     headline = COMMON if COMMON in summaries else OWN
     run = _run(finished, config)
     minorities = _minority_groups(summaries[headline], run)

@@ -22,7 +22,8 @@ def test_the_demo_ends_in_time_and_within_memory_with_a_table_a_report_and_a_gap
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["run"]["seconds"] < SECONDS * LOADED
-    assert results["run"]["peak_memory_mb"] < MEGABYTES
+    # the main process alone takes over 500 MB, and each of two workers as much: less means that they were not counted
+    assert 1200 < results["run"]["peak_memory_mb"] < MEGABYTES
     assert "race=Black" in done.stdout
     assert done.stdout.splitlines()[-4:-1] == [
         str(tmp_path / name) for name in ("report.html", "results.json", "synthetic.csv")
