@@ -49,6 +49,7 @@ class Comparison(BaseModel):
         seeds: Each draws the cohort or deals the public data set anew, splits, trains and samples anew.
         sites: Hospitals to summarise; ``all`` is the federation.
         cohort: Size and rule of the simulated cohort; its seed is the experiment's.
+        redraw_rule: Whether each seed draws another truth of the cohort as well: one that nothing was tuned on.
         settings: Of the experiment and its federation, without the seed; what it leaves out has its default.
     """
 
@@ -58,6 +59,7 @@ class Comparison(BaseModel):
     seeds: list[int] = Field(min_length=1)
     sites: list[str] = [ALL]
     cohort: dict[str, int | float] = {}
+    redraw_rule: bool = False
     settings: dict[str, bool | int | float | str] = {}
 
     @classmethod
@@ -79,9 +81,10 @@ class Comparison(BaseModel):
             raise ConfigError(f"{path}: {error}") from None
         if len(set(comparison.seeds)) < len(comparison.seeds) or min(comparison.seeds) < 0:
             raise ConfigError(f"{path}: seeds: each must be at least 0 and stand there once")
-        if comparison.cohort and comparison.dataset != COHORT:
+        if (comparison.cohort or comparison.redraw_rule) and comparison.dataset != COHORT:
             raise ConfigError(
-                f"{path}: [cohort] is for dataset '{COHORT}'; '{comparison.dataset}' has its own hospitals"
+                f"{path}: [cohort] and redraw_rule are for dataset '{COHORT}'; "
+                f"'{comparison.dataset}' has its own hospitals"
             )
         comparison.config(comparison.seeds[0])
         return comparison
@@ -92,7 +95,8 @@ class Comparison(BaseModel):
 
     def cohort_config(self, seed: int) -> CohortConfig:
         """The cohort of one seed."""
-        return CohortConfig(**({"seed": seed} | self.cohort))  # type: ignore[arg-type]  # TOML has no other types
+        seeds = {"seed": seed} | ({"rule_seed": seed} if self.redraw_rule else {})
+        return CohortConfig(**(seeds | self.cohort))  # type: ignore[arg-type]  # TOML has no other types
 
 
 def run_comparison(comparison: Comparison, out: Path, *, num_workers: int = 2, verbose: bool = True) -> pd.DataFrame:

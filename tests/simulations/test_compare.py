@@ -14,11 +14,19 @@ from simulations.study import COHORT
 CONFIGS = Path(__file__).parents[2] / "simulations/configs"
 
 
-@pytest.mark.parametrize("name", ["known-truth", "diabetes130", "heart-disease"])
-def test_every_configuration_that_comes_along_is_valid(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "draws"), [("known-truth", 10), ("unseen-truth", 5), ("diabetes130", 10), ("heart-disease", 20)]
+)
+def test_every_configuration_that_comes_along_is_valid(name: str, draws: int) -> None:
     comparison = Comparison.load(CONFIGS / f"{name}.toml")
     assert comparison.dataset in (COHORT, *datasets.names())
-    assert len(comparison.seeds) >= 10
+    assert len(comparison.seeds) == draws
+
+
+def test_every_seed_has_a_truth_of_its_own_only_where_that_is_asked_for() -> None:
+    fixed, redrawn = (Comparison.load(CONFIGS / f"{name}-truth.toml") for name in ("known", "unseen"))
+    assert {fixed.cohort_config(seed).rule_seed for seed in fixed.seeds} == {None}
+    assert [redrawn.cohort_config(seed).rule_seed for seed in redrawn.seeds] == redrawn.seeds
 
 
 @pytest.mark.parametrize(
@@ -31,6 +39,7 @@ def test_every_configuration_that_comes_along_is_valid(name: str) -> None:
         ('dataset = "cohort"\nseeds = [0]\n[settings]\nlocal_step = 1', "local_step"),
         ('dataset = "cohort"\nseeds = [0]\n[cohort]\nnum_hospitals = 1', "num_hospitals"),
         ('dataset = "diabetes130"\nseeds = [0]\n[cohort]\nnum_sites = 3', "has its own hospitals"),
+        ('dataset = "heart-disease"\nseeds = [0]\nredraw_rule = true', "has its own hospitals"),
         ("dataset = ", "Invalid value"),
     ],
 )
