@@ -157,14 +157,13 @@ def level_codes(values: pd.Series, column: Column, missing_code: int) -> NDArray
     if column.kind == "boolean":
         lookup = {"False": 0, "True": 1, "0": 0, "1": 1} | lookup
     unseen = lookup[column.other] if column.other is not None else missing_code
-    uniques, inverse = np.unique(values.astype(object).where(values.notna(), None).map(_text), return_inverse=True)
-    table = np.array([missing_code if text == "" else lookup.get(text, unseen) for text in uniques], dtype=np.int64)
-    return table[inverse]
+    rows, uniques = pd.factorize(values)  # −1 where the value is missing: the table's last code
+    texts = [_text(value) for value in uniques]
+    table = [missing_code if text == "" else lookup.get(text, unseen) for text in texts]
+    return np.array([*table, missing_code], dtype=np.int64)[rows]
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
