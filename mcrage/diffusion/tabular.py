@@ -168,7 +168,9 @@ class TabularDiffusion:
 
     def probabilities(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch levels"]:
         """Softmax within each block."""
-        return torch.exp(logits - self._log_sum(logits)[:, self.block_of_level])
+        shifted = torch.exp(logits - self._over_levels(self._largest(logits)))
+        sums = torch.zeros(self._per_block(logits)).index_add_(1, self.block_of_level, shifted)
+        return shifted / self._over_levels(sums)
 
     def _clean(self, batch: EncodedTable, levels: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch width"]:
         return torch.cat([batch.numeric.float(), levels * self._scale - self._offset], dim=1)
@@ -197,12 +199,25 @@ class TabularDiffusion:
         return torch.cat([noisy[:, : self.layout.num_numeric], self.probabilities(evidence)], dim=1)
 
     def _log_sum(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch blocks"]:
-        shape = (logits.shape[0], len(self.layout.block_sizes))
-        with torch.no_grad():  # the largest logit of a block shifts the sum and cancels
-            index = self.block_of_level.expand(logits.shape)
-            largest = torch.full(shape, -torch.inf).scatter_reduce_(1, index, logits, "amax")
-        shifted = torch.exp(logits - largest[:, self.block_of_level])
-        return largest + torch.log(torch.zeros(shape).index_add_(1, self.block_of_level, shifted))
+        largest = self._largest(logits)
+        shifted = torch.exp(logits - self._over_levels(largest))
+        sums = torch.zeros(self._per_block(logits)).index_add_(1, self.block_of_level, shifted)
+        return largest + torch.log(sums)
+
+    def _largest(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch blocks"]:
+        """The largest logit of each block, a constant to autograd: it shifts sums of exponentials and cancels."""
+        rows, blocks = self._per_block(logits)
+        with torch.no_grad():  # levels as rows: torch reduces those far faster than columns
+            index = self.block_of_level[:, None].expand(-1, rows)
+            start = torch.full((blocks, rows), -torch.inf)
+            return start.scatter_reduce_(0, index, logits.T.contiguous(), "amax").T
+
+    def _over_levels(self, per_block: Float[Tensor, "batch blocks"]) -> Float[Tensor, "batch levels"]:
+        """What holds for a block, at each of its levels."""
+        return per_block.index_select(1, self.block_of_level)
+
+    def _per_block(self, logits: Float[Tensor, "batch levels"]) -> tuple[int, int]:
+        return logits.shape[0], len(self.layout.block_sizes)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
