@@ -157,6 +157,8 @@ def level_codes(values: pd.Series, column: Column, missing_code: int) -> NDArray
     if column.kind == "boolean":
         lookup = {"False": 0, "True": 1, "0": 0, "1": 1} | lookup
     unseen = lookup[column.other] if column.other is not None else missing_code
+    if values.dtype == object:  # 1, 1.0 and True are equal objects of different texts
+        values = values.map(_text, na_action="ignore")
     rows, uniques = pd.factorize(values)  # −1 where the value is missing: the table's last code
     texts = [_text(value) for value in uniques]
     table = [missing_code if text == "" else lookup.get(text, unseen) for text in texts]

@@ -69,6 +69,12 @@ def test_whole_numbers_and_their_texts_are_the_same_level(dtype: Any) -> None:
     assert level_codes(pd.Series([1.0, 2.0, None]), stage, 2).tolist() == [0, 1, 2]
 
 
+def test_values_that_python_calls_equal_keep_their_own_levels() -> None:
+    flag = Column(name="flag", kind="categorical", categories=("1", "True"))
+    values = pd.Series([1, True, "1", "True", 1.0, None, ""], dtype=object)
+    assert level_codes(values, flag, 2).tolist() == [0, 1, 0, 1, 0, 2, 2]
+
+
 def test_numbers_of_dates_are_days_since_1970() -> None:
     day = Column(name="day", kind="date", minimum="1900-01-01", maximum="2030-01-01")
     days = pd.Series(["1970-01-02", None, "1969-12-31"], dtype="datetime64[s]")
