@@ -168,9 +168,8 @@ class TabularDiffusion:
 
     def probabilities(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch levels"]:
         """Softmax within each block."""
-        shifted = torch.exp(logits - self._over_levels(self._largest(logits)))
-        sums = torch.zeros(self._per_block(logits)).index_add_(1, self.block_of_level, shifted)
-        return shifted / self._over_levels(sums)
+        _, powers, sums = self._powers(logits)
+        return powers / self._over_levels(sums)
 
     def _clean(self, batch: EncodedTable, levels: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch width"]:
         return torch.cat([batch.numeric.float(), levels * self._scale - self._offset], dim=1)
@@ -199,25 +198,24 @@ class TabularDiffusion:
         return torch.cat([noisy[:, : self.layout.num_numeric], self.probabilities(evidence)], dim=1)
 
     def _log_sum(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch blocks"]:
-        largest = self._largest(logits)
-        shifted = torch.exp(logits - self._over_levels(largest))
-        sums = torch.zeros(self._per_block(logits)).index_add_(1, self.block_of_level, shifted)
+        largest, _, sums = self._powers(logits)
         return largest + torch.log(sums)
 
-    def _largest(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch blocks"]:
-        """The largest logit of each block, a constant to autograd: it shifts sums of exponentials and cancels."""
-        rows, blocks = self._per_block(logits)
-        with torch.no_grad():  # levels as rows: torch reduces those far faster than columns
-            index = self.block_of_level[:, None].expand(-1, rows)
-            start = torch.full((blocks, rows), -torch.inf)
-            return start.scatter_reduce_(0, index, logits.T.contiguous(), "amax").T
+    def _powers(
+        self, logits: Float[Tensor, "batch levels"]
+    ) -> tuple[Float[Tensor, "batch blocks"], Float[Tensor, "batch levels"], Float[Tensor, "batch blocks"]]:
+        """The largest logit of each block, exponentials of logits less that, and their sum over each block."""
+        shape = (logits.shape[0], len(self.layout.block_sizes))
+        with torch.no_grad():  # it cancels; and with levels as rows, because torch reduces those far faster
+            index = self.block_of_level[:, None].expand(logits.T.shape)
+            start = torch.full(shape[::-1], -torch.inf)
+            largest = start.scatter_reduce_(0, index, logits.T.contiguous(), "amax").T
+        powers = torch.exp(logits - self._over_levels(largest))
+        return largest, powers, torch.zeros(shape).index_add_(1, self.block_of_level, powers)
 
     def _over_levels(self, per_block: Float[Tensor, "batch blocks"]) -> Float[Tensor, "batch levels"]:
         """What holds for a block, at each of its levels."""
         return per_block.index_select(1, self.block_of_level)
-
-    def _per_block(self, logits: Float[Tensor, "batch levels"]) -> tuple[int, int]:
-        return logits.shape[0], len(self.layout.block_sizes)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
