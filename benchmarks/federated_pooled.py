@@ -1,10 +1,11 @@
 """Fidelity of the federated model by round, beside a model of the same hospitals' pooled rows at the same compute.
 
-    python -m benchmarks.federated_pooled [--seeds 3] [--rounds 40] [--every 10] [--plot curve.svg]
+    python -m benchmarks.federated_pooled [--seeds 3] [--rounds 40] [--every 10] [--test-rows 4000]
+        [--plot curve.svg]
 
 Eight hospitals of the simulated cohort, whose case mix and charting differ. The pooled model is trained by the same
 program as a federation of one hospital that holds all rows; in each round it sees as many rows as all eight sites do,
-once in steps with batches eight times as large, once in eight times as many steps. All are compared with 4,000
+once in steps with batches eight times as large, once in eight times as many steps. All are compared with
 patients of no hospital: all pairs (1 is perfect), detection (.5 is indistinguishable), and the AUROC of boosting
 trained on generated rows.
 """
@@ -112,18 +113,17 @@ def chart(curves: pd.DataFrame) -> str:
     for panel, (measure, title) in enumerate(MEASURES.items()):
         ticks = nice_ticks(mean[measure].min(), mean[measure].max())
         left, right, last = panel * width + 45, (panel + 1) * width - 15, curves["round"].max()
+        slope, rise = (right - left) / last, (height - 40) / (ticks[-1] - ticks[0])
         write(root, left - 35, 20, title)
         for tick in ticks:
-            y = height - (tick - ticks[0]) / (ticks[-1] - ticks[0]) * (height - 40)
+            y = height - (tick - ticks[0]) * rise
             line(root, [(left, y), (right, y)], "#ddd")
             write(root, left - 35, y + 4, f"{tick:.3g}")
         for at in (0, last // 2, last):
-            write(root, left + (right - left) * at / last - 5, height + 18, str(at))
+            write(root, left + at * slope - 5, height + 18, str(at))
         for model, colour in COLOURS.items():
             points = mean.loc[model][measure].items()
-            scale = (height - 40) / (ticks[-1] - ticks[0])
-            path = [(left + (right - left) * at / last, height - (value - ticks[0]) * scale) for at, value in points]
-            line(root, path, colour)
+            line(root, [(left + at * slope, height - (value - ticks[0]) * rise) for at, value in points], colour)
     for number, (model, colour) in enumerate(COLOURS.items()):
         line(root, [(45 + 240 * number, 260), (75 + 240 * number, 260)], colour)
         write(root, 82 + 240 * number, 264, model)
