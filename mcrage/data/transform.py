@@ -50,6 +50,7 @@ class Layout:
         block_sizes: Levels of each categorical block.
         attribute_sizes: Levels of each attribute that rows can be conditioned on.
         missing_block: For each numeric part the block that says whether it is missing; −1 if it never is.
+        attribute_block: For each attribute the block whose levels are its own; −1 if there is none.
         num_covariates: Numbers that the label model sees.
         has_target: Whether there is a label; it is the last attribute.
     """
@@ -58,8 +59,14 @@ class Layout:
     block_sizes: tuple[int, ...]
     attribute_sizes: tuple[int, ...]
     missing_block: tuple[int, ...]
+    attribute_block: tuple[int, ...]
     num_covariates: int = 0
     has_target: bool = False
+
+    @property
+    def free_attributes(self) -> tuple[int, ...]:
+        """Attributes that no block shows: the target, and numbers in bins."""
+        return tuple(place for place, block in enumerate(self.attribute_block) if block < 0)
 
     @property
     def width(self) -> int:
@@ -81,7 +88,8 @@ class EncodedTable:
 
     def rows(self, index: Int[Tensor, " batch"]) -> "EncodedTable":
         """The rows of an index, repeats allowed."""
-        return EncodedTable(self.numeric[index], self.codes[index], self.attributes[index], self.covariates[index])
+        parts = (self.numeric, self.codes, self.attributes, self.covariates)
+        return EncodedTable(*(part.index_select(0, index) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ class TableTransform:
             block_sizes=tuple(block.size for block in self.blocks),
             attribute_sizes=tuple(len(column.group_levels) for column in schema.attributes),
             missing_block=tuple(missing_block),
+            attribute_block=tuple(_block_of(column, self.blocks) for column in schema.attributes),
             num_covariates=self.covariates.number,
             has_target=schema.has_target,
         )
@@ -255,6 +264,11 @@ def check_table(table: pd.DataFrame, schema: TableSchema) -> None:
                 problems.append(_problem("E509", column, unseen, len(table), rule, remedy))
     if problems:
         raise DataError(problems)
+
+
+def _block_of(attribute: Column, blocks: Sequence[Block]) -> int:
+    same = (place for place, block in enumerate(blocks) if block.column is attribute and not attribute.is_numeric)
+    return next(same, -1)
 
 
 def _ranked(blocks: Sequence[Block]) -> list[tuple[int, Column, int]]:

@@ -1,8 +1,8 @@
 """The network: from a noisy row, the time and a condition to a guess of the clean row.
 
-Shape: ``noisy`` (batch, width), ``time`` (batch,), ``attributes`` (batch, num_attributes) with −1 where the condition
-is open, to an output (batch, width) that :class:`~mcrage.diffusion.tabular.TabularDiffusion` reads as a velocity for
-numeric parts and as logits for levels.
+Shape: ``noisy`` (batch, width), ``time`` (batch,) or (1,) where it is the same for all rows, ``attributes`` (batch,
+num_attributes) with −1 where the condition is open, to an output (batch, width) that
+:class:`~mcrage.diffusion.tabular.TabularDiffusion` reads as a velocity for numeric parts and as logits for levels.
 """
 
 import math
@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mcrage.data.transform import Layout
+from mcrage.diffusion.blocks import one_hot
 
 _FREQUENCIES = 6
-_CONDITION_WIDTH = 64
+_TIME_WIDTH = 32
 _WAVES = (1.0, 3.0)  # numbers enter as waves too, so that an edge such as an age of 65 can be sharp
 
 
@@ -25,13 +26,15 @@ class Denoiser(Protocol):
     def __call__(
         self,
         noisy: Float[Tensor, "batch width"],
-        time: Float[Tensor, " batch"],
+        time: Float[Tensor, " #batch"],
         attributes: Int[Tensor, "batch num_attributes"],
     ) -> Float[Tensor, "batch width"]: ...
 
 
 class MLPDenoiser(nn.Module):
-    """A residual perceptron that sees the condition as inputs; time and condition also scale and shift every layer.
+    """A residual perceptron; the time shifts what every layer sees.
+
+    Attributes that a block of the row shows come in with it, as levels without noise; others are inputs of their own.
 
     All layers are linear with biases, so that gradients per patient are cheap and every parameter is float32; there
     is no layer with running statistics. The output is linear: no value is out of reach.
@@ -45,48 +48,37 @@ class MLPDenoiser(nn.Module):
 
     def __init__(self, layout: Layout, *, width: int, depth: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.layout = layout
-        condition = sum(layout.attribute_sizes) + 2 * _FREQUENCIES
+        self.num_numeric = layout.num_numeric
+        self._free = torch.tensor(layout.free_attributes, dtype=torch.int64)
+        self._sizes = [layout.attribute_sizes[place] for place in layout.free_attributes]
         waves = 2 * len(_WAVES) * layout.num_numeric
-        self.inputs = nn.Linear(layout.width + waves + sum(layout.attribute_sizes), width)
-        self.condition = nn.Linear(condition, _CONDITION_WIDTH)
-        self.modulation = nn.Linear(_CONDITION_WIDTH, 2 * width * depth)
+        self.inputs = nn.Linear(layout.width + waves + sum(self._sizes), width)
+        self.time = nn.Linear(2 * _FREQUENCIES, _TIME_WIDTH)
+        self.shifts = nn.ModuleList(nn.Linear(_TIME_WIDTH, width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outputs = nn.Linear(width, layout.width)
         self._waves = torch.tensor(_WAVES)
         self._frequencies = math.pi * 2.0 ** torch.arange(_FREQUENCIES).div(2.5)
         _initialise(self, generator)
-        nn.init.zeros_(self.outputs.weight)
-        nn.init.zeros_(self.modulation.weight)
+        for last in (self.outputs, *self.shifts):
+            nn.init.zeros_(last.weight)
 
     def forward(
         self,
         noisy: Float[Tensor, "batch width"],
-        time: Float[Tensor, " batch"],
+        time: Float[Tensor, " #batch"],
         attributes: Int[Tensor, "batch num_attributes"],
     ) -> Float[Tensor, "batch width"]:
         """The guess; see the module."""
         angles = time[:, None] * self._frequencies
-        given = one_hot(attributes, self.layout.attribute_sizes)
-        condition = nn.functional.silu(self.condition(torch.cat([angles.sin(), angles.cos(), given], dim=1)))
-        scales, shifts = self.modulation(condition).chunk(2, dim=1)
-        waves = (noisy[:, : self.layout.num_numeric, None] * self._waves).flatten(1)
+        when = nn.functional.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)))
+        waves = (noisy[:, : self.num_numeric, None] * self._waves).flatten(1)
+        given = one_hot(attributes.index_select(1, self._free), self._sizes)
         hidden = self.inputs(torch.cat([noisy, waves.sin(), waves.cos(), given], dim=1))
-        for layer, scale, shift in zip(
-            self.layers, scales.chunk(len(self.layers), dim=1), shifts.chunk(len(self.layers), dim=1), strict=True
-        ):
-            hidden = hidden + layer(nn.functional.silu(hidden * (1 + scale) + shift))
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            hidden = hidden + layer(nn.functional.silu(hidden + shift(when)))
         output: Tensor = self.outputs(nn.functional.silu(hidden))
         return output
-
-
-def one_hot(codes: Int[Tensor, "batch blocks"], sizes: tuple[int, ...]) -> Float[Tensor, "batch width"]:
-    """All blocks one-hot side by side; a code of −1 gives zeros."""
-    starts = torch.tensor([sum(sizes[:place]) for place in range(len(sizes))], dtype=torch.int64)
-    width = sum(sizes)
-    flat = torch.where(codes < 0, width, codes + starts)
-    out = torch.zeros(codes.shape[0], width + 1)
-    return out.scatter_(1, flat, 1.0)[:, :width]
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mcrage.data.transform import EncodedTable, Layout
-from mcrage.diffusion.denoiser import one_hot
+from mcrage.diffusion.blocks import Blocks
 
 _RARE = 0.01  # added to a level's variance: the weight of a level that hardly occurs stays moderate
 
@@ -29,7 +29,7 @@ class LabelModel(nn.Module):
 
     def __init__(self, layout: Layout, *, log_prior: Float[Tensor, " levels"], label_log_odds: float) -> None:
         super().__init__()
-        self._sizes = layout.block_sizes
+        self._blocks = Blocks(layout.block_sizes)
         self._share = log_prior.exp()
         self._scale = (self._share * (1 - self._share) + _RARE).rsqrt()
         self._log_odds = label_log_odds
@@ -41,9 +41,11 @@ class LabelModel(nn.Module):
         self, codes: Int[Tensor, "rows num_blocks"], covariates: Float[Tensor, "rows num_covariates"]
     ) -> Float[Tensor, " rows"]:
         """Log odds of the label's second level."""
-        levels = (one_hot(codes, self._sizes) - self._share) * self._scale
-        logit: Tensor = self.weights(torch.cat([covariates, levels], dim=1))[:, 0]
-        return logit + self._log_odds
+        of_covariates, of_levels = torch.split(self.weights.weight[0], [covariates.shape[1], self._blocks.levels])
+        per_level = of_levels * self._scale
+        places = self._blocks.places(codes)
+        levels = per_level.index_select(0, places.flatten()).view(places.shape).sum(1)
+        return covariates @ of_covariates + levels + (self.weights.bias - self._share @ per_level + self._log_odds)
 
     def loss(self, batch: EncodedTable) -> Float[Tensor, " rows"]:
         """Cross-entropy of every row's label."""

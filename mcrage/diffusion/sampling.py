@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcrage.data.transform import Constraint
-from mcrage.diffusion.denoiser import Denoiser, one_hot
+from mcrage.diffusion.blocks import one_hot
+from mcrage.diffusion.denoiser import Denoiser
 from mcrage.diffusion.tabular import TabularDiffusion
 
 Estimate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -33,7 +34,7 @@ def guided_estimate(
     high = constraint.high.clamp(max=numeric_limit)
     sizes = diffusion.layout.block_sizes
     fixed = one_hot(constraint.codes, sizes)
-    is_fixed = (constraint.codes >= 0)[:, diffusion.block_of_level]
+    is_fixed = (constraint.codes >= 0)[:, diffusion.blocks.of_level]
 
     def estimate(noisy: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         numeric, probabilities = diffusion.estimate(denoiser, noisy, time, constraint.attributes, guidance=guidance)
@@ -51,15 +52,15 @@ def dpm_solver(
     row = torch.randn(rows, diffusion.layout.width, generator=generator)
     numeric = probabilities = previous = torch.zeros(0)
     for here in range(steps):
-        numeric, probabilities = estimate(row, times[here].expand(rows))
+        numeric, probabilities = estimate(row, times[here : here + 1])
         clean = direction = diffusion.join(numeric, probabilities)
         gap = log_ratio[here + 1] - log_ratio[here]
         if here:
             weight = 0.5 * gap / (log_ratio[here] - log_ratio[here - 1])
-            direction = (1 + weight) * clean - weight * previous
-        row = (noise[here + 1] / noise[here]) * row - signal[here + 1] * torch.expm1(-gap) * direction
+            direction = torch.lerp(previous, clean, 1 + weight)
+        row = row.mul_(noise[here + 1] / noise[here]).sub_(direction, alpha=float(signal[here + 1] * torch.expm1(-gap)))
         previous = clean
-    return numeric, draw_levels(probabilities, diffusion.layout.block_sizes, generator)
+    return numeric, diffusion.blocks.draw(probabilities, generator)
 
 
 def ancestral(
@@ -70,23 +71,14 @@ def ancestral(
     row = torch.randn(rows, diffusion.layout.width, generator=generator)
     numeric = probabilities = torch.zeros(0)
     for here in range(steps):
-        numeric, probabilities = estimate(row, times[here].expand(rows))
+        numeric, probabilities = estimate(row, times[here : here + 1])
         clean = diffusion.join(numeric, probabilities)
         kept = signal[here] / signal[here + 1]
         variance = noise[here] ** 2 - kept**2 * noise[here + 1] ** 2
         mean = kept * noise[here + 1] ** 2 * row + signal[here + 1] * variance * clean
         spread = noise[here + 1] * variance.sqrt() / noise[here]
         row = mean / noise[here] ** 2 + spread * torch.randn(row.shape, generator=generator)
-    return numeric, draw_levels(probabilities, diffusion.layout.block_sizes, generator)
-
-
-def draw_levels(
-    probabilities: Float[Tensor, "rows levels"], sizes: tuple[int, ...], generator: torch.Generator
-) -> Int[Tensor, "rows num_blocks"]:
-    """One level per block, drawn from its probabilities."""
-    parts = torch.split(probabilities, list(sizes), dim=1)
-    draws = [torch.multinomial(part, 1, generator=generator) for part in parts]
-    return torch.cat(draws, dim=1) if draws else torch.zeros(probabilities.shape[0], 0, dtype=torch.int64)
+    return numeric, diffusion.blocks.draw(probabilities, generator)
 
 
 def _path(diffusion: TabularDiffusion, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,15 +12,16 @@ there times the expectation given that it is: the network predicts the latter, f
 Shape: a row of ``layout.width`` numbers, numeric parts first, then one one-hot vector per block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcrage.data.transform import EncodedTable, Layout
-from mcrage.diffusion.denoiser import Denoiser, one_hot
+from mcrage.diffusion.blocks import LOGIT_LIMIT, Blocks
+from mcrage.diffusion.denoiser import Denoiser
 from mcrage.diffusion.schedule import NoiseSchedule
 
 
@@ -35,18 +36,19 @@ class DiffusionConfig:
         level_scale: Length of a one-hot vector before noise.
         missing_scale: The same for whether a number is missing, which is decided before the number is.
         level_weight: Weight of the mean cross-entropy over levels against the mean numeric loss.
-        condition_dropout: Probability that a sensitive feature of the condition is left open in training (Ho and
-            Salimans, 2022), each on its own.
-        target_dropout: The same for the label.
-        condition_free: Probability that the whole condition is left open.
+        condition_dropout: Probability that an attribute is left open in training (Ho and Salimans, 2022), each on its
+            own.
     """
 
     level_scale: float = 2.0
     missing_scale: float = 4.0
     level_weight: float = 4.0
-    condition_dropout: float = 0.1
-    target_dropout: float = 0.5
-    condition_free: float = 0.1
+    condition_dropout: float = 0.5
+
+
+_LEVEL_SPREAD = 0.5  # standard deviation of a frequent level in the network's input
+_RARE = 0.01  # added to a level's variance: one that hardly occurs is not blown up without limit
+_CERTAIN = 30.0  # evidence beyond ± this says no more: e^-60 is the chance that it is wrong
 
 
 class TabularDiffusion:
@@ -70,23 +72,24 @@ class TabularDiffusion:
         self.layout = layout
         self.config = config or DiffusionConfig()
         self.schedule = schedule or NoiseSchedule()
-        levels = sum(layout.block_sizes)
-        self.log_prior = torch.zeros(levels) if log_prior is None else log_prior
-        self.block_of_level = torch.repeat_interleave(
-            torch.arange(len(layout.block_sizes)), torch.tensor(layout.block_sizes, dtype=torch.int64)
-        )
-        self._starts = torch.tensor(_starts(layout.block_sizes), dtype=torch.int64)
+        self.blocks = Blocks(layout.block_sizes)
+        self.log_prior = torch.zeros(self.blocks.levels) if log_prior is None else log_prior
         self._missing_block = torch.tensor(layout.missing_block, dtype=torch.int64)
         self._can_miss = self._missing_block >= 0
-        scales = torch.full((len(layout.block_sizes),), self.config.level_scale)
-        scales[self._missing_block[self._can_miss]] = self.config.missing_scale
-        self._level_weight = self.config.level_weight / max(len(scales), 1)
-        self._scale = scales[self.block_of_level]
-        self._offset = self.probabilities(self.log_prior[None])[0] * self._scale
+        self._may_miss = self._missing_block[self._can_miss]
+        scales = torch.full((self.blocks.number,), self.config.level_scale)
+        scales[self._may_miss] = self.config.missing_scale
+        self._scale_of_block = scales
+        self._scale = scales[self.blocks.of_level]
+        share = self.blocks.softmax(self.log_prior[None].clone())[0]
+        self._per_spread = _LEVEL_SPREAD * (share * (1 - share) + _RARE).rsqrt()
+        self._centre = share * self._per_spread
 
     def clean(self, batch: EncodedTable) -> Float[Tensor, "batch width"]:
-        """Rows as they are diffused: levels one-hot, scaled and centred on the prior."""
-        return self._clean(batch, one_hot(batch.codes, self.layout.block_sizes))
+        """Rows as they are diffused: numbers, and levels as scaled one-hot vectors."""
+        levels = torch.zeros(len(batch), self.blocks.levels)
+        levels.scatter_(1, self.blocks.places(batch.codes), self._scale_of_block.expand(batch.codes.shape))
+        return torch.cat([batch.numeric.float(), levels], dim=1)
 
     def loss(self, denoiser: Denoiser, batch: EncodedTable, generator: torch.Generator) -> Float[Tensor, " batch"]:
         """One loss per row at a random time: velocity error plus weighted cross-entropy.
@@ -110,36 +113,31 @@ class TabularDiffusion:
     ) -> Float[Tensor, " batch"]:
         """The loss with time, noise and condition given by the caller."""
         signal, sigma = self.schedule.signal_noise(time)
-        levels = one_hot(batch.codes, self.layout.block_sizes)
-        clean = self._clean(batch, levels)
-        noisy = signal * clean + sigma * noise
         split = self.layout.num_numeric
-        evidence = self._evidence(noisy, time)
+        numeric = batch.numeric.float()
+        places = self.blocks.places(batch.codes)
+        noisy = sigma * noise
+        noisy[:, :split].addcmul_(signal, numeric)
+        noisy[:, split:].scatter_add_(1, places, signal * self._scale_of_block)
+        evidence = self._evidence(noisy, time, attributes)
         output = denoiser(self._network_input(noisy, evidence), time, attributes)
-        velocity = signal * noise[:, :split] - sigma * clean[:, :split]
-        present = 1.0 - self._missing(levels)
-        error = (present * (output[:, :split] - velocity) ** 2).sum(1) / max(split, 1)
-        logits = evidence + output[:, split:]
-        picked = logits.gather(1, batch.codes + self._starts)
-        entropy = self._level_weight * (self._log_sum(logits) - picked).sum(1)
-        return error + entropy
+        velocity = signal * noise[:, :split] - sigma * numeric
+        present = self._present(batch.codes)
+        loss: Tensor = _RowLoss.apply(output, evidence, velocity, present, places, self)  # type: ignore[no-untyped-call]
+        return loss
 
     def drop_conditions(
         self, attributes: Int[Tensor, "batch num_attributes"], generator: torch.Generator
     ) -> Int[Tensor, "batch num_attributes"]:
-        """The condition with attributes left open at random, one by one and all at once."""
-        rates = torch.full((attributes.shape[1],), self.config.condition_dropout)
-        if self.layout.has_target:
-            rates[-1] = self.config.target_dropout
-        each = torch.rand(attributes.shape, generator=generator) < rates
-        every = torch.rand(attributes.shape[0], 1, generator=generator) < self.config.condition_free
-        return attributes.masked_fill(each | every, -1)
+        """The condition with attributes left open at random, each on its own."""
+        is_open = torch.rand(attributes.shape, generator=generator) < self.config.condition_dropout
+        return attributes.masked_fill(is_open, -1)
 
     def estimate(
         self,
         denoiser: Denoiser,
         noisy: Float[Tensor, "batch width"],
-        time: Float[Tensor, " batch"],
+        time: Float[Tensor, " #batch"],
         attributes: Int[Tensor, "batch num_attributes"],
         *,
         guidance: float = 0.0,
@@ -151,72 +149,105 @@ class TabularDiffusion:
         """
         signal, sigma = self.schedule.signal_noise(time)
         split = self.layout.num_numeric
-        evidence = self._evidence(noisy, time)
-        inputs = self._network_input(noisy, evidence)
-        output = denoiser(inputs, time, attributes)
+        evidence = self._evidence(noisy, time, attributes)
+        output = denoiser(self._network_input(noisy, evidence), time, attributes)
         if guidance:
-            output = output + guidance * (output - denoiser(inputs, time, torch.full_like(attributes, -1)))
+            nothing = torch.full_like(attributes, -1)
+            unguided = self._network_input(noisy, self._evidence(noisy, time, nothing))
+            output = output + guidance * (output - denoiser(unguided, time, nothing))
         numeric = signal * noisy[:, :split] - sigma * output[:, :split]
-        return numeric, self.probabilities(evidence + output[:, split:])
+        return numeric, self.blocks.softmax(evidence.add_(output[:, split:]))
 
     def join(
         self, numeric: Float[Tensor, "batch num_numeric"], probabilities: Float[Tensor, "batch levels"]
     ) -> Float[Tensor, "batch width"]:
         """The diffused row that an estimate stands for: a number that may be missing counts for less by as much."""
-        numeric = numeric * (1.0 - self._missing(probabilities))
-        return torch.cat([numeric, probabilities * self._scale - self._offset], dim=1)
+        row = torch.cat([numeric, probabilities * self._scale], dim=1)
+        if len(self._may_miss):
+            missing = probabilities[:, self.blocks.starts[self._may_miss] + 1]
+            row[:, : self.layout.num_numeric][:, self._can_miss] *= 1.0 - missing
+        return row
 
-    def probabilities(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch levels"]:
-        """Softmax within each block."""
-        _, powers, sums = self._powers(logits)
-        return powers / self._over_levels(sums)
-
-    def _clean(self, batch: EncodedTable, levels: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch width"]:
-        return torch.cat([batch.numeric.float(), levels * self._scale - self._offset], dim=1)
-
-    def _missing(self, probabilities: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch num_numeric"]:
-        """Probability that each number is missing."""
-        missing = torch.zeros(probabilities.shape[0], self.layout.num_numeric)
-        missing[:, self._can_miss] = probabilities[:, self._starts[self._missing_block[self._can_miss]] + 1]
-        return missing
+    def _present(self, codes: Int[Tensor, "batch num_blocks"]) -> Float[Tensor, "batch num_numeric"]:
+        """1 where a number is there, 0 where it is missing."""
+        present = torch.ones(len(codes), self.layout.num_numeric)
+        if len(self._may_miss):
+            present[:, self._can_miss] = 1.0 - codes[:, self._may_miss].float()
+        return present
 
     def _evidence(
-        self, noisy: Float[Tensor, "batch width"], time: Float[Tensor, " batch"]
+        self,
+        noisy: Float[Tensor, "batch width"],
+        time: Float[Tensor, " #batch"],
+        attributes: Int[Tensor, "batch num_attributes"],
     ) -> Float[Tensor, "batch levels"]:
         """Log of prior times likelihood of each level, up to a constant per block.
 
         log N(noisy; signal · scale · e_k, sigma²) differs between levels k only in noisy_k · signal · scale / sigma².
+        From each is taken what lies half-way between a level that is the row's and one that is not, so that all are
+        within reach of a float32 exponential, and what is beyond doubt is cut off.
+
+        A level that the condition gives is beyond doubt at any time. To the network a condition is nothing else than a
+        block without noise: what it learns from rows of open condition serves the conditional ones, and vice versa.
         """
         signal, sigma = self.schedule.signal_noise(time)
-        shifted = noisy[:, self.layout.num_numeric :] + signal * self._offset
-        return self.log_prior + shifted * (signal * self._scale / sigma**2)
+        length = signal * self._scale
+        per_unit = length / sigma**2
+        likelihood = torch.addcmul(-0.5 * length * per_unit, noisy[:, self.layout.num_numeric :], per_unit)
+        evidence = likelihood.clamp_(-_CERTAIN, _CERTAIN).add_(self.log_prior)
+        for place, block in enumerate(self.layout.attribute_block):
+            if block >= 0:
+                start, size = self.blocks.starts[block], self.blocks.sizes[block]
+                given = attributes[:, place : place + 1]
+                certain = torch.where(given == torch.arange(size), _CERTAIN, -_CERTAIN)
+                part = evidence[:, start : start + size]
+                torch.where(given < 0, part, certain, out=part)
+        return evidence
 
     def _network_input(
         self, noisy: Float[Tensor, "batch width"], evidence: Float[Tensor, "batch levels"]
     ) -> Float[Tensor, "batch width"]:
-        """Numeric parts as they are; levels as what each block says of itself, which takes most of the noise out."""
-        return torch.cat([noisy[:, : self.layout.num_numeric], self.probabilities(evidence)], dim=1)
+        """Numeric parts as they are; levels as what each block says of itself, which takes most of the noise out.
 
-    def _log_sum(self, logits: Float[Tensor, "batch levels"]) -> Float[Tensor, "batch blocks"]:
-        largest, _, sums = self._powers(logits)
-        return largest + torch.log(sums)
-
-    def _powers(
-        self, logits: Float[Tensor, "batch levels"]
-    ) -> tuple[Float[Tensor, "batch blocks"], Float[Tensor, "batch levels"], Float[Tensor, "batch blocks"]]:
-        """The largest logit of each block, exponentials of logits less that, and their sum over each block."""
-        shape = (logits.shape[0], len(self.layout.block_sizes))
-        with torch.no_grad():  # it cancels; and with levels as rows, because torch reduces those far faster
-            index = self.block_of_level[:, None].expand(logits.T.shape)
-            start = torch.full(shape[::-1], -torch.inf)
-            largest = start.scatter_reduce_(0, index, logits.T.contiguous(), "amax").T
-        powers = torch.exp(logits - self._over_levels(largest))
-        return largest, powers, torch.zeros(shape).index_add_(1, self.block_of_level, powers)
-
-    def _over_levels(self, per_block: Float[Tensor, "batch blocks"]) -> Float[Tensor, "batch levels"]:
-        """What holds for a block, at each of its levels."""
-        return per_block.index_select(1, self.block_of_level)
+        Levels are standardised, so that a rare one is not a faint one.
+        """
+        levels = self.blocks.softmax(evidence.clone()).mul_(self._per_spread).sub_(self._centre)
+        return torch.cat([noisy[:, : self.layout.num_numeric], levels], dim=1)
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:place]) for place in range(len(sizes))]
+class _RowLoss(torch.autograd.Function):
+    """Squared error of velocities and cross-entropy of levels, one number per row, with its gradient in closed form.
+
+    The gradient with respect to a block's logits is (probabilities − one-hot); written out here it takes a fifth of
+    the passes over memory that automatic differentiation makes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Float[Tensor, "batch width"],
+        evidence: Float[Tensor, "batch levels"],
+        velocity: Float[Tensor, "batch num_numeric"],
+        present: Float[Tensor, "batch num_numeric"],
+        places: Int[Tensor, "batch num_blocks"],
+        diffusion: TabularDiffusion,
+    ) -> Float[Tensor, " batch"]:
+        split, blocks = velocity.shape[1], diffusion.blocks
+        weight = diffusion.config.level_weight / max(blocks.number, 1)
+        gradient = torch.empty_like(output)
+        difference = present * (output[:, :split] - velocity)
+        torch.mul(difference, 2.0 / max(split, 1), out=gradient[:, :split])
+        logits = evidence + output[:, split:]
+        picked = logits.gather(1, places).clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+        powers = blocks.powers(logits)
+        sums = blocks.sums(powers)
+        torch.mul(powers, blocks.spread(weight / sums), out=gradient[:, split:])
+        gradient[:, split:].scatter_add_(1, places, torch.full(places.shape, -weight))
+        ctx.save_for_backward(gradient)
+        entropy = weight * (sums.log() - picked).sum(1)
+        return (difference**2).sum(1) / max(split, 1) + entropy
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Float[Tensor, " batch"]) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None] * gradient, None, None, None, None, None

@@ -101,24 +101,44 @@ def train_steps(
         steps: Global numbers of the steps to take.
         generator: Draws batches, times, noise and open conditions.
     """
-    parameters, of_denoiser = list(network.parameters()), list(network.denoiser.parameters())
-    anchor = [parameter.detach().clone() for parameter in parameters] if config.proximal_mu else []
-    optimisers = _optimisers(network, config)
+    denoiser = _Flat(network.denoiser)
+    label = None if network.label is None else _Flat(network.label)
+    parts = [part for part in (denoiser, label) if part is not None]
+    anchors = [part.values.detach().clone() for part in parts] if config.proximal_mu else []
+    optimisers = _optimisers(denoiser, label, config)
     batches = _batches(len(table), config.batch_size, generator)
     for step in steps:
+        for part in parts:
+            part.gradient.zero_()
         loss = _loss(network, diffusion, table.rows(next(batches)), generator)
-        for optimiser, _ in optimisers:
-            optimiser.zero_grad()
         torch.autograd.backward(loss)
-        if anchor:
-            for parameter, start in zip(parameters, anchor, strict=True):
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - start, alpha=config.proximal_mu)
-        torch.nn.utils.clip_grad_norm_(of_denoiser, config.clip_norm)
+        for part, start in zip(parts, anchors, strict=bool(anchors)):
+            part.gradient.add_(part.values.detach() - start, alpha=config.proximal_mu)
+        denoiser.clip(config.clip_norm)
         for optimiser, highest in optimisers:
             optimiser.param_groups[0]["lr"] = highest * config.rate(step)
             optimiser.step()
         yield float(loss.detach())
+
+
+class _Flat:
+    """All parameters of a module in one vector, and their gradients in another.
+
+    The module's parameters become views of it: one call instead of one per layer clips, and one moves them.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        parameters = list(module.parameters())
+        self.values = torch.nn.Parameter(torch.nn.utils.parameters_to_vector(parameters).detach())
+        self.gradient = self.values.grad = torch.zeros_like(self.values)
+        torch.nn.utils.vector_to_parameters(self.values, parameters)
+        parts = torch.split(self.gradient, [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def clip(self, largest: float) -> None:
+        """Shortens the gradient to this norm where it is longer."""
+        self.gradient.mul_((largest / (self.gradient.norm() + 1e-6)).clamp_(max=1.0))
 
 
 def _loss(
@@ -128,16 +148,16 @@ def _loss(
     return loss if network.label is None else loss + network.label.loss(batch).mean()
 
 
-def _optimisers(network: RowNetwork, config: TrainingConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+def _optimisers(
+    denoiser: _Flat, label: _Flat | None, config: TrainingConfig
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """The optimiser of each part with its highest learning rate."""
-    denoiser = torch.optim.AdamW(
-        network.denoiser.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-    )
-    optimisers: list[tuple[torch.optim.Optimizer, float]] = [(denoiser, config.learning_rate)]
-    if network.label is not None:
+    adam = torch.optim.AdamW([denoiser.values], weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
+    optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, config.learning_rate)]
+    if label is not None:
         # Standardised inputs have a curvature of at most their number: steps beyond its inverse may diverge.
-        highest = min(config.label_learning_rate, 1.0 / network.label.weights.in_features)
-        optimisers.append((torch.optim.SGD(network.label.parameters(), lr=highest, momentum=0.9), highest))
+        highest = min(config.label_learning_rate, 1.0 / label.values.numel())
+        optimisers.append((torch.optim.SGD([label.values], lr=highest, momentum=0.9), highest))
     return optimisers
 
 

@@ -7,7 +7,13 @@ from mcrage.data.transform import EncodedTable, Layout
 from mcrage.diffusion.label import LabelModel
 
 LAYOUT = Layout(
-    num_numeric=1, block_sizes=(2, 3), attribute_sizes=(2,), missing_block=(-1,), num_covariates=4, has_target=True
+    num_numeric=1,
+    block_sizes=(2, 3),
+    attribute_sizes=(2,),
+    missing_block=(-1,),
+    attribute_block=(-1,),
+    num_covariates=4,
+    has_target=True,
 )
 SHARES = torch.tensor([0.5, 0.5, 0.9, 0.09, 0.01])
 

