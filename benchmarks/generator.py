@@ -1,6 +1,6 @@
 """Quality of the generator on diabetes-130 at a budget of training time, one thread.
 
-    MCRAGE_DATA=… python -m benchmarks.generator --steps 4800 [--seeds 3] [--sampling-steps 15]
+    MCRAGE_DATA=… python -m benchmarks.generator --steps 4800 [--seeds 3] [--sampling-steps 12]
 
 The measures are those of :mod:`mcrage.evaluation.fidelity`: all pairs at 10,000 rows, detection at 8,000 rows each,
 TSTR at 20,000 rows. The table has every hospital stay; the label is readmission within 30 days; a fifth of the
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--sampling-steps", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
     public = diabetes130.load(one_per_patient=False, within_30_days=True)

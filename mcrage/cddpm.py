@@ -34,7 +34,7 @@ from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedE
 from mcrage.progress import ProgressReport
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
 
-FORMAT = 2
+FORMAT = 3
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
 _SAMPLE_ROWS = 2048
 _LARGEST_WEIGHT = 1e3
@@ -50,7 +50,7 @@ class ModelConfig:
         diffusion: Scales and weights of the diffusion.
     """
 
-    width: int = 256
+    width: int = 192
     depth: int = 3
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
@@ -74,7 +74,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         learning_rate: Highest learning rate.
         guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
         sampling_steps: Steps of the sampler.
-        sampler: ``"dpm-solver"`` (few deterministic steps) or ``"ancestral"`` (many random ones).
+        sampler: ``"dpm-solver"`` (few steps, some fresh noise) or ``"ancestral"`` (many steps, all fresh noise).
         random_state: Seed of everything that is random.
         verbose: 0 is silent; 1 shows a progress bar, or lines where there is no terminal.
 
@@ -87,13 +87,13 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     def __init__(  # noqa: PLR0913 — an estimator's settings, as scikit-learn wants them
         self,
         *,
-        width: int = 256,
+        width: int = 192,
         depth: int = 3,
         steps: int | None = None,
         batch_size: int = 256,
         learning_rate: float = 5e-3,
         guidance: float = 0.0,
-        sampling_steps: int = 20,
+        sampling_steps: int = 15,
         sampler: str = "dpm-solver",
         random_state: int = 0,
         verbose: int = 0,
