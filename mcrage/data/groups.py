@@ -134,6 +134,14 @@ def level_code(column: Column, level: object) -> int:
     raise SamplingError(f"column '{column.name}' has no level {text!r}; it has {', '.join(levels)}")
 
 
+def bin_range(column: Column, code: int) -> tuple[float, float]:
+    """Smallest and largest value of a bin."""
+    edges = [column.low, *column.bins, column.high]
+    low, high = edges[code], edges[code + 1]
+    inner = high - (column.step or 1e-9 * (column.high - column.low))
+    return low, high if code == len(column.bins) else max(low, inner)
+
+
 def numbers(values: pd.Series, column: Column) -> NDArray[np.float64]:
     """A numeric column as float64 with NaN for missing; dates as days since 1970-01-01."""
     if column.kind == "date":

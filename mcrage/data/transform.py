@@ -18,12 +18,11 @@ from torch import Tensor
 
 from mcrage.data.coding import NumericCoding, is_coded
 from mcrage.data.covariates import Covariates
-from mcrage.data.groups import group_codes, level_code, numbers
+from mcrage.data.groups import bin_range, group_codes, level_code, numbers
 from mcrage.data.marginals import Marginals, cell_codes, coded_levels
 from mcrage.data.schema import Column, TableSchema
+from mcrage.data.series import level_series, numeric_series
 from mcrage.errors import DataError, Problem, SamplingError
-
-_EPOCH = np.datetime64("1970-01-01", "D")
 
 
 @dataclass(frozen=True)
@@ -196,13 +195,13 @@ class TableTransform:
         }
         for position, coding in enumerate(self.codings):
             name = coding.column.name
-            by_name[name] = _numeric_series(coding.decode(z[:, position]), missing.get(name), coding.column)
+            by_name[name] = numeric_series(coding.decode(z[:, position]), missing.get(name), coding.column)
         for position, block in enumerate(self.blocks):
             if not block.only_missing:
                 name = block.column.name
-                by_name[name] = _level_series(levels[:, position], missing.get(name), block.column)
+                by_name[name] = level_series(levels[:, position], missing.get(name), block.column)
         if self.schema.has_target:
-            by_name[self.schema.target.name] = _level_series(labels.numpy(), None, self.schema.target)
+            by_name[self.schema.target.name] = level_series(labels.numpy(), None, self.schema.target)
         return pd.DataFrame({column.name: by_name[column.name] for column in self.schema.modelled})
 
     def constrain(self, rows: int, conditions: Mapping[str, object] | pd.DataFrame | None) -> Constraint:
@@ -229,7 +228,7 @@ class TableTransform:
             for position, coding in enumerate(self.codings):
                 if coding.column.name == column.name:
                     for code in np.unique(given[(given >= 0) & ~missing]):
-                        ends = coding.bounds(*_bin_range(column, int(code)))
+                        ends = coding.bounds(*bin_range(column, int(code)))
                         low[given == code, position], high[given == code, position] = ends
         parts = (torch.from_numpy(part) for part in (asked, codes, low, high))
         return Constraint(*parts)
@@ -298,38 +297,6 @@ def _density(column: Column, marginals: Marginals | None) -> NDArray[np.float64]
     return marginals[column.name][:-1]
 
 
-def _numeric_series(values: NDArray[np.float64], missing: NDArray[np.bool_] | None, column: Column) -> pd.Series:
-    dtype = column.pandas_dtype
-    mask = np.zeros(len(values), dtype=bool) if missing is None else missing
-    if column.kind == "date":
-        days = _EPOCH + values.round().astype("timedelta64[D]")
-        return pd.Series(np.where(mask, np.datetime64("NaT"), days)).astype(dtype)
-    if not mask.any():
-        return pd.Series(values).astype(dtype)
-    if pd.api.types.is_extension_array_dtype(dtype):
-        series = pd.Series(values).astype(dtype)
-        series[mask] = pd.NA
-        return series
-    return pd.Series(np.where(mask, np.nan, values)).astype(dtype)
-
-
-def _level_series(codes: NDArray[np.int64], missing: NDArray[np.bool_] | None, column: Column) -> pd.Series:
-    dtype = column.pandas_dtype
-    codes = codes if missing is None else np.where(missing, -1, codes)
-    if column.is_numeric:
-        return _numeric_series(column.low + np.maximum(codes, 0), codes < 0, column)
-    if dtype == "category":
-        ordered = column.kind == "ordinal"
-        return pd.Series(pd.Categorical.from_codes(codes, categories=list(column.levels), ordered=ordered))
-    if column.kind == "boolean" and dtype in ("boolean", "bool"):
-        series = pd.Series(codes == 1).astype(dtype)
-        if (codes < 0).any():
-            series[codes < 0] = pd.NA
-        return series
-    texts = pd.Series(np.array([*column.levels, None], dtype=object)[codes])
-    return texts.astype(dtype)
-
-
 def _condition_codes(
     rows: int, conditions: Mapping[str, object] | pd.DataFrame | None, schema: TableSchema
 ) -> NDArray[np.int64]:
@@ -353,11 +320,3 @@ def _condition_codes(
         else:
             codes[:, place] = level_code(column, given)
     return codes
-
-
-def _bin_range(column: Column, code: int) -> tuple[float, float]:
-    """Smallest and largest value of a bin."""
-    edges = [column.low, *column.bins, column.high]
-    low, high = edges[code], edges[code + 1]
-    inner = high - (column.step or 1e-9 * (column.high - column.low))
-    return low, high if code == len(column.bins) else max(low, inner)
