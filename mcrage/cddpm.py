@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mcrage import rng
 from mcrage.data.marginals import Marginals
+from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
 from mcrage.diffusion.network import RowNetwork
@@ -82,6 +83,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         schema_: The data dictionary, once fitted.
         transform: The map between tables and tensors, once fitted.
         history_: Mean loss of each tenth of the training.
+        repairs_: What the schema's rules did to the rows that were sampled last.
     """
 
     def __init__(  # noqa: PLR0913 — an estimator's settings, as scikit-learn wants them
@@ -185,27 +187,22 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 
         Raises:
             NotFittedError: Before :meth:`fit`.
-            SamplingError: If a condition names no attribute or no level of it.
+            SamplingError: If a condition names no attribute or no level of it, or the schema's rules forbid it.
         """
         self._require_fitted()
         if n < 0:
             raise SamplingError(f"asked for {n} rows; at least 0 are possible")
         if self.sampler not in ("dpm-solver", "ancestral"):
             raise ConfigError(f"sampler must be 'dpm-solver' or 'ancestral', got '{self.sampler}'")
-        solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
-        constraint = self.transform.constrain(n, conditions)
+        asked = self.transform.constrain(n, conditions)
         generator = rng.torch_stream(self.random_state if random_state is None else random_state, "sample")
-        parts: list[pd.DataFrame] = []
-        with torch.no_grad():
-            for start in range(0, max(n, 1), _SAMPLE_ROWS):
-                part = constraint.rows(slice(start, start + _SAMPLE_ROWS))
-                estimate = guided_estimate(
-                    self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
-                )
-                rows = part.attributes.shape[0]
-                z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
-                parts.append(self.transform.decode(z, levels, self._labels(part, z, levels, generator)))
-        return pd.concat(parts, ignore_index=True)
+        rows, self.repairs_ = follow_rules(
+            self._draw(asked, generator),
+            self.schema_,
+            asked.attributes.numpy(),
+            lambda numbers: self._draw(asked.rows(numbers), generator),
+        )
+        return rows
 
     def loss(self, table: pd.DataFrame, *, random_state: int) -> float:
         """Mean loss on rows that were not trained on, the denoiser's with the condition given in full."""
@@ -322,6 +319,21 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         except (KeyError, ValueError, MessageError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not a model of this version ({type(error).__name__})") from None
         return model
+
+    def _draw(self, asked: Constraint, generator: torch.Generator) -> pd.DataFrame:
+        """Rows under a constraint, a part of them at a time."""
+        solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
+        parts: list[pd.DataFrame] = []
+        with torch.no_grad():
+            for start in range(0, max(len(asked.attributes), 1), _SAMPLE_ROWS):
+                part = asked.rows(slice(start, start + _SAMPLE_ROWS))
+                estimate = guided_estimate(
+                    self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
+                )
+                rows = part.attributes.shape[0]
+                z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+                parts.append(self.transform.decode(z, levels, self._labels(part, z, levels, generator)))
+        return pd.concat(parts, ignore_index=True)
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""

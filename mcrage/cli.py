@@ -202,6 +202,8 @@ def sample(
     conditions = _conditions(where or [])
     trained = CDDPM.load(model)
     rows = trained.sample(n, _levels(conditions, trained.schema_), random_state=seed)
+    for line in trained.repairs_.lines:
+        _say(f"{out}: note {line}")
     write_rows(rows, out)
     typer.echo(f"{out}: {len(rows):,} rows")
 

@@ -57,7 +57,7 @@ class Problem:
 
     Attributes:
         code: Stable code such as ``E301``; the first digit is the family (1 file, 2 schema, 3 numbers, 4 text and
-            dates, 5 statistics).
+            dates, 5 statistics, 6 rules).
         column: Column name; empty when the problem is the file's.
         rows: Number of rows concerned.
         total: Number of rows of the table; 0 when it could not be read.

@@ -146,7 +146,7 @@ def score_site(task: SiteTask) -> int:
         # The same rows by group as the larger federated arm: what differs is who trained the model.
         model, plan = CDDPM.load(task.local_model), task.plans["federated_target"]
         rows = make_pool(model, task.schema, plan, random_state=derive(task.seed, "local rows", own.site))
-        arms["local_cddpm"] = augmented(own.train, rows, task.schema).table
+        arms["local_cddpm"] = augmented(own.train, rows.table, task.schema).table
     tests = [own.test] if task.common_test is None else [own.test, task.common_test]
     test = pd.concat(tests, ignore_index=True)
     scores = evaluate_site(own.site, own.train, test, schema=task.schema, arms=arms, seed=task.seed)

@@ -31,7 +31,7 @@ from mcrage.data.split import split_by_patient
 from mcrage.errors import CheckpointError, ConfigError
 from mcrage.evaluation.report import RunResults
 from mcrage.progress import ProgressReport
-from mcrage.rebalancing.rebalancer import make_pool
+from mcrage.rebalancing.rebalancer import Pool, make_pool
 from mcrage.rng import derive
 from server.roster import call_roll
 from server.rounds import FederationResult, RoundLoop, RoundRecord
@@ -82,11 +82,19 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
         outcome.model.save(places.out / MODEL)
         plans = _plans(sites, outcome, config)
         pools = _pools(outcome, plans, config)
-        write_rows(pools[HEADLINE_ARM], places.out / SYNTHETIC)
-        write_rows(pools[HEADLINE_ARM], (places.out / SYNTHETIC).with_suffix(".parquet"))
+        write_rows(pools[HEADLINE_ARM].table, places.out / SYNTHETIC)
+        write_rows(pools[HEADLINE_ARM].table, (places.out / SYNTHETIC).with_suffix(".parquet"))
         tasks = _site_tasks(study, sites, plans, pools, config=config, places=places)
         _wait([pool.submit(score_site, task) for task in tasks], "evaluation: hospital", verbose=places.verbose)
-        finished = Finished(study=study, sites=sites, outcome=outcome, fidelity=curve, plans=plans, started=started)
+        finished = Finished(
+            study=study,
+            sites=sites,
+            outcome=outcome,
+            fidelity=curve,
+            plans=plans,
+            repairs=pools[HEADLINE_ARM].repairs,
+            started=started,
+        )
         return write_results(finished, config, places, pool)
 
 
@@ -221,7 +229,7 @@ def _plans(sites: Sequence[SiteTables], outcome: FederationResult, config: Exper
     }
 
 
-def _pools(outcome: FederationResult, plans: Plans, config: ExperimentConfig) -> dict[str, pd.DataFrame]:
+def _pools(outcome: FederationResult, plans: Plans, config: ExperimentConfig) -> dict[str, Pool]:
     """Synthetic rows for all hospitals to take from, sampled once for each arm."""
     model, seed = outcome.model, config.seed
     requests = {
@@ -244,20 +252,21 @@ def _site_tasks(
     study: Study,
     sites: Sequence[SiteTables],
     plans: Plans,
-    pools: Mapping[str, pd.DataFrame],
+    pools: Mapping[str, Pool],
     *,
     config: ExperimentConfig,
     places: Places,
 ) -> Iterator[SiteTask]:
     """The hospitals that are not evaluated yet."""
     pooled = pd.concat([tables.train for tables in sites], ignore_index=True)
+    tables_of = {arm: pool.table for arm, pool in pools.items()}
     for site_id, tables in zip(study.site_ids, sites, strict=True):
         if not places.scores(site_id).exists():
             yield SiteTask(
                 tables=tables,
                 schema=study.schema,
                 plans=plans[tables.site],
-                pools=pools,
+                pools=tables_of,
                 pooled=pooled,
                 common_test=study.hospitals.test,
                 local_model=places.local_model(site_id) if config.local_models else None,

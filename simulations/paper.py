@@ -254,7 +254,7 @@ def _synthetic_arms(name: str, model: CDDPM, split: Split, *, target: int) -> di
     plans = {"parity": RebalancePlan.to_parity(split.counts)}
     plans["target"] = RebalancePlan.to_parity(split.counts, floor=target)
     pool = make_pool(model, split.schema, plans["target"], random_state=derive(split.seed, name, "rows"))
-    rebalancer = Rebalancer.from_pool(pool, split.schema)
+    rebalancer = Rebalancer.from_pool(pool.table, split.schema)
     arms = {}
     for rule, plan in plans.items():
         taken = rebalancer.take(plan, stream(split.seed, name, "take", rule)).table

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from mcrage import __version__
+from mcrage.data.repair import Repairs
 from mcrage.data.schema import TableSchema
 from mcrage.evaluation.arms import SiteScores
 from mcrage.evaluation.report import ALL, HEADLINE_METRIC, RunResults
@@ -50,6 +51,7 @@ class Finished:
         outcome: The federation.
         fidelity: Of the averaged model, by round.
         plans: What each hospital took from the pool.
+        repairs: What the schema's rules did to the pool of the headline arm.
         started: When it started, on the monotonic clock.
     """
 
@@ -58,6 +60,7 @@ class Finished:
     outcome: FederationResult
     fidelity: Mapping[int, float]
     plans: Plans
+    repairs: Repairs
     started: float
 
 
@@ -163,6 +166,7 @@ def _run(finished: Finished, config: ExperimentConfig) -> dict[str, Any]:
         "minority_groups": study.minority_groups,
         "minimum_cell": config.minimum_cell,
         "engine": ENGINE,
+        "repairs": tuple(finished.repairs.lines),
         "versions": {
             "mcrage": __version__,
             "python": platform.python_version(),

@@ -90,6 +90,11 @@ _CATALOGUE: Mapping[str, tuple[str, str]] = {
         "with a category that the schema does not list, which is more than {limit:.0%}",
         "Correct the spelling, or add the categories to the schema.",
     ),
+    # rules
+    "E601": (
+        'break the schema\'s rule "{broken}"',
+        "Correct them at the source, or take the rule out of the schema if it does not hold.",
+    ),
 }
 
 NOTES = frozenset({"E220", "E221", "E222", "E405", "E406", "E501"})

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mcrage.data.files import Cells, TextTable, read_text
 from mcrage.data.parsing import MISSING_SPELLINGS, clean, parser
 from mcrage.data.problems import NOTES, problem
+from mcrage.data.repair import rule_problems
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import DataError, Problem
 
@@ -84,6 +85,9 @@ def inspect_table(path: str | Path, schema: TableSchema) -> TableReport:
             found += more
             if column.role == "target" and series[column.name].nunique() == 1:
                 found.append(problem("E501", column=column.name, rows=texts.total, total=texts.total))
+    if series.keys() >= {name for rule in schema.row_rules for name in rule.columns}:
+        # As for bounds: what hospitals agreed on holds in every row, or the generator learns what it has to repair.
+        found += rule_problems(pd.DataFrame(series), schema)
     problems = tuple(p for p in found if p.code not in NOTES)
     notes = tuple(p for p in found if p.code in NOTES)
     return TableReport(table=None if problems else pd.DataFrame(series), problems=problems, notes=notes)

@@ -10,20 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mcrage.data.column import MISSING as MISSING
 from mcrage.data.column import Column as Column
 from mcrage.data.column import Kind as Kind
 from mcrage.data.column import Role as Role
 from mcrage.data.column import bin_names as bin_names
+from mcrage.data.rules import Rule, parse_rule, rule_problems
 from mcrage.errors import SchemaError
 
 _UNCHECKED = {"description", "to_review"}
 
 
 class TableSchema(BaseModel):
-    """The columns of a table, in order, with their roles.
+    """The columns of a table, in order, with their roles, and the rules that every row follows.
+
+    Attributes:
+        name, version: For people.
+        columns: The columns.
+        rules: Rules as text, such as ``discharge >= admission``; :mod:`mcrage.data.rules` says what can be written.
 
     Raises:
         SchemaError: From :meth:`load` and :meth:`parse`, with a line per problem.
@@ -34,6 +40,12 @@ class TableSchema(BaseModel):
     name: str = "table"
     version: str = "1"
     columns: tuple[Column, ...] = Field(min_length=1)
+    rules: tuple[str, ...] = ()
+
+    @field_validator("rules")
+    @classmethod
+    def _spelled(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(parse_rule(rule)) for rule in rules)
 
     @model_validator(mode="after")
     def _check(self) -> "TableSchema":
@@ -45,6 +57,7 @@ class TableSchema(BaseModel):
                 problems.append(f"role '{role}' is given to {len(found)} columns ({', '.join(found)}); one is allowed")
         if not self.modelled:
             problems.append("no column is a feature, a sensitive feature or the target")
+        problems += rule_problems({column.name: column for column in self.columns}, self.row_rules)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -76,13 +89,19 @@ class TableSchema(BaseModel):
     def to_json(self) -> str:
         """The schema as JSON text, defaults left out."""
         columns = [column.model_dump(mode="json", exclude_defaults=True) for column in self.columns]
-        return json.dumps({"name": self.name, "version": self.version, "columns": columns}, indent=1)
+        rules = {"rules": self.rules} if self.rules else {}
+        return json.dumps({"name": self.name, "version": self.version, "columns": columns} | rules, indent=1)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that matters to two sites that train together: not of descriptions, nor the version."""
         columns = [column.model_dump(mode="json", exclude=_UNCHECKED) for column in self.columns]
-        return hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*columns, *sorted(self.rules)], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def row_rules(self) -> tuple[Rule, ...]:
+        """The rules that every row follows."""
+        return tuple(parse_rule(rule) for rule in self.rules)
 
     @property
     def modelled(self) -> tuple[Column, ...]:
@@ -142,6 +161,8 @@ class TableSchema(BaseModel):
         for name in (name for name in ours if name in theirs):
             a, b = (column.model_dump(mode="json", exclude=_UNCHECKED) for column in (ours[name], theirs[name]))
             lines += [f"column '{name}': {key} is {a[key]!r} here, {b[key]!r} there" for key in a if a[key] != b[key]]
+        lines += [f'rule "{rule}" is missing there' for rule in self.rules if rule not in other.rules]
+        lines += [f'rule "{rule}" is there only' for rule in other.rules if rule not in self.rules]
         if not lines and [*ours] != [*theirs]:
             lines.append(f"the columns stand in another order: {', '.join(ours)} here, {', '.join(theirs)} there")
         return lines

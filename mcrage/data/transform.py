@@ -20,6 +20,7 @@ from mcrage.data.coding import NumericCoding, is_coded
 from mcrage.data.covariates import Covariates
 from mcrage.data.groups import bin_range, group_codes, level_code, numbers
 from mcrage.data.marginals import Marginals, cell_codes, coded_levels
+from mcrage.data.repair import refuse_forbidden, rule_problems
 from mcrage.data.schema import Column, TableSchema
 from mcrage.data.series import level_series, numeric_series
 from mcrage.errors import DataError, Problem, SamplingError
@@ -106,7 +107,7 @@ class Constraint:
     low: Float[Tensor, "rows num_numeric"]
     high: Float[Tensor, "rows num_numeric"]
 
-    def rows(self, index: slice) -> "Constraint":
+    def rows(self, index: slice | NDArray[np.int64]) -> "Constraint":
         """The constraint of some of the rows."""
         return Constraint(self.attributes[index], self.codes[index], self.low[index], self.high[index])
 
@@ -212,9 +213,10 @@ class TableTransform:
             conditions: Level per attribute, or a table of them (missing = open); bins by name or by a value inside.
 
         Raises:
-            SamplingError: If a name is not an attribute or a level does not exist.
+            SamplingError: If a name is not an attribute, a level does not exist or the schema's rules forbid it.
         """
         asked = _condition_codes(rows, conditions, self.schema)
+        refuse_forbidden(asked, self.schema)
         codes = np.full((rows, len(self.blocks)), -1, dtype=np.int64)
         low = np.full((rows, len(self.codings)), -np.inf, dtype=np.float32)
         high = np.full_like(low, np.inf)
@@ -261,7 +263,7 @@ def check_table(table: pd.DataFrame, schema: TableSchema) -> None:
             if unseen:
                 rule, remedy = "have a category that the schema lacks", 'Add it to "categories" or set "other".'
                 problems.append(_problem("E509", column, unseen, len(table), rule, remedy))
-    if problems:
+    if problems := problems or rule_problems(table, schema):
         raise DataError(problems)
 
 

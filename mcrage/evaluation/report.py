@@ -181,6 +181,7 @@ class Run(_Record):
     minimum_cell: int = Field(default=MINIMUM_CELL, ge=1)
     test_set: Literal["own", "common"] = "own"
     engine: str
+    repairs: tuple[str, ...] = ()
     versions: dict[str, str]
     seconds: float = Field(ge=0)
     peak_memory_mb: float = Field(ge=0)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
+from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts, level_code
+from mcrage.data.repair import forbidden
 from mcrage.data.schema import TableSchema
 from mcrage.errors import ConfigError
 
@@ -170,12 +171,16 @@ class RebalancePlan(Mapping[Group, int]):
 
 
 def all_groups(schema: TableSchema) -> tuple[Group, ...]:
-    """Every intersection of the schema's sensitive features and label, without those of a missing value."""
+    """Every intersection of the schema's sensitive features and label that its rules allow, without missing values."""
     levels = [
         [(column.name, level) for level in column.group_levels[: -1 if column.nullable else None]]
         for column in schema.attributes
     ]
-    return tuple(Group(pairs) for pairs in itertools.product(*levels))
+    groups = [Group(pairs) for pairs in itertools.product(*levels)]
+    if not schema.rules:
+        return tuple(groups)
+    codes = np.array([_codes(group, schema) for group in groups])
+    return tuple(group for group, bad in zip(groups, forbidden(codes, schema), strict=True) if not bad)
 
 
 def text_table(header: Sequence[str], lines: Sequence[tuple[str, *tuple[int, ...]]]) -> str:
@@ -188,6 +193,10 @@ def text_table(header: Sequence[str], lines: Sequence[tuple[str, *tuple[int, ...
     return "\n".join(
         f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in row) for name, row in zip(names, cells, strict=True)
     )
+
+
+def _codes(group: Group, schema: TableSchema) -> list[int]:
+    return [level_code(column, group.as_dict()[column.name]) for column in schema.attributes]
 
 
 def _rows(counts: GroupCounts, group: Group) -> int:

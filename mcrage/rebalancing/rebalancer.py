@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mcrage.data.groups import Group, group_codes, level_code
+from mcrage.data.repair import NO_REPAIRS, Repairs
 from mcrage.data.schema import TableSchema
 from mcrage.errors import SamplingError
 from mcrage.rebalancing.plan import RebalancePlan, all_groups, text_table
@@ -23,11 +24,25 @@ ATTEMPTS = 3
 
 
 class ConditionalSampler(Protocol):
-    """Anything that makes rows of given groups, such as :class:`mcrage.CDDPM`."""
+    """Anything that makes rows of given groups, such as :class:`mcrage.CDDPM`.
+
+    Attributes:
+        repairs_: What the schema's rules did to the rows of the last call.
+    """
+
+    repairs_: Repairs
 
     def sample(self, n: int, conditions: pd.DataFrame, *, random_state: int) -> pd.DataFrame:
         """``n`` rows; row i has the levels of row i of ``conditions``."""
         ...
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Synthetic rows for many hospitals to take from, and what the schema's rules did to them."""
+
+    table: pd.DataFrame
+    repairs: Repairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +53,13 @@ class Rebalanced:
         table: The synthetic rows, in the order of the plan's groups.
         asked: Rows that the plan asked for, by group.
         made: Rows that there are, by group.
+        repairs: What the schema's rules did to the pool that the rows are from.
     """
 
     table: pd.DataFrame
     asked: Mapping[Group, int]
     made: Mapping[Group, int]
+    repairs: Repairs = NO_REPAIRS
 
     @property
     def short(self) -> dict[Group, int]:
@@ -51,7 +68,7 @@ class Rebalanced:
 
     def __str__(self) -> str:
         lines = [(str(g), count, self.made[g], count - self.made[g]) for g, count in self.asked.items()]
-        return text_table(("group", "asked", "made", "short"), lines)
+        return "\n".join([text_table(("group", "asked", "made", "short"), lines), *self.repairs.lines])
 
 
 class Rebalancer:
@@ -60,11 +77,13 @@ class Rebalancer:
     Args:
         pool: Rows with the schema's modelled columns.
         schema: The data dictionary.
+        repairs: What its rules did to these rows.
     """
 
-    def __init__(self, pool: pd.DataFrame, schema: TableSchema) -> None:
+    def __init__(self, pool: pd.DataFrame, schema: TableSchema, *, repairs: Repairs = NO_REPAIRS) -> None:
         self.pool = pool
         self.schema = schema
+        self.repairs = repairs
 
     @classmethod
     def from_pool(cls, pool: pd.DataFrame, schema: TableSchema) -> "Rebalancer":
@@ -76,7 +95,8 @@ class Rebalancer:
         cls, model: ConditionalSampler, plan: Mapping[Group, int], schema: TableSchema, *, random_state: int
     ) -> "Rebalancer":
         """A rebalancer over a pool that a model makes for this plan."""
-        return cls(make_pool(model, schema, plan, random_state=random_state), schema)
+        made = make_pool(model, schema, plan, random_state=random_state)
+        return cls(made.table, schema, repairs=made.repairs)
 
     def take(self, plan: RebalancePlan | Mapping[Group, int], generator: np.random.Generator) -> Rebalanced:
         """Rows for every group of the plan, each at most once; fewer than asked where the pool holds fewer.
@@ -101,18 +121,20 @@ class Rebalancer:
             table=self.pool.iloc[rows].reset_index(drop=True),
             asked=dict(plan),
             made={group: len(chosen) for group, chosen in taken.items()},
+            repairs=self.repairs,
         )
 
 
 def make_pool(
     model: ConditionalSampler, schema: TableSchema, per_group: int | Mapping[Group, int], *, random_state: int
-) -> pd.DataFrame:
+) -> Pool:
     """Synthetic rows for many hospitals to take from, ordered by group.
 
     Args:
         model: Makes the rows.
         schema: The data dictionary.
-        per_group: Rows for each group, or one number for every intersection of the schema's levels.
+        per_group: Rows for each group, or one number for every intersection of the schema's levels that
+            its rules allow.
         random_state: Seed of the draws.
 
     Returns:
@@ -122,12 +144,14 @@ def make_pool(
     owed = dict.fromkeys(all_groups(schema), per_group) if isinstance(per_group, int) else dict(per_group)
     groups = list(owed)
     parts: list[pd.DataFrame] = []
+    repairs = NO_REPAIRS
     for attempt in range(ATTEMPTS):
         conditions = pd.DataFrame([group.as_dict() for group, count in owed.items() for _ in range(count)])
         if conditions.empty:
             break
         seed = derive(random_state, "pool", attempt)
         rows = model.sample(len(conditions), conditions, random_state=seed)
+        repairs += model.repairs_
         found = _rows_by_group(rows, schema, groups)
         kept = {group: positions[: owed[group]] for group, positions in found.items()}
         parts += [rows.iloc[positions] for positions in kept.values() if len(positions)]
@@ -136,7 +160,7 @@ def make_pool(
         raise SamplingError(f"no row was made for any of the {len(groups)} groups; ask for at least one row")
     pool = pd.concat(parts, ignore_index=True)
     order = np.concatenate(list(_rows_by_group(pool, schema, groups).values()))
-    return pool.iloc[order].reset_index(drop=True)
+    return Pool(pool.iloc[order].reset_index(drop=True), repairs)
 
 
 def _rows_by_group(table: pd.DataFrame, schema: TableSchema, groups: Sequence[Group]) -> dict[Group, NDArray[np.int64]]:

@@ -223,3 +223,48 @@ def test_progress_is_silent_by_default_and_shows_the_loss_when_asked(capsys: pyt
 
 def test_checking_parameters_accepts_what_is_right() -> None:
     check_parameters({"a": np.ones(2, dtype=np.float32)}, {"a": (2,)})
+
+
+RULED = TableSchema.parse(
+    {
+        "columns": [*SCHEMA.model_dump(mode="json", exclude_defaults=True)["columns"],
+                    {"name": "peak", "kind": "continuous", "minimum": 0, "maximum": 200, "decimals": 1}],
+        "rules": ["lab <= peak", "if drug = True then died = False", "if race = b then drug is not missing"],
+    }
+)  # fmt: skip
+
+
+def ruled_table(rows: int) -> pd.DataFrame:
+    table = make_table(rows)
+    table["drug"] = (table["drug"] & ~table["died"]).astype("boolean")
+    return table.assign(peak=table["lab"].fillna(50.0).clip(upper=190.0) + 10.0)
+
+
+@pytest.mark.parametrize("conditions", [None, {"died": True, "race": "b"}])
+def test_every_row_of_a_hardly_trained_model_follows_the_rules_of_the_schema(conditions: dict[str, object]) -> None:
+    model = CDDPM(width=8, depth=1, steps=5).fit(ruled_table(200), RULED)
+    rows = model.sample(400, conditions)
+    lab, peak, drug, died = (rows[name] for name in ("lab", "peak", "drug", "died"))
+    assert not (lab > peak).any()
+    assert not (drug.fillna(False) & died).any()
+    assert not (drug.isna() & (rows["race"] == "b")).any()
+    assert rows.dtypes.to_dict() == ruled_table(5).dtypes.to_dict()
+    assert conditions is None or (died & (rows["race"] == "b")).all()
+    assert model.repairs_.rows == 400
+    assert model.repairs_.redrawn["lab <= peak"] > 100
+    assert model.repairs_.repaired["lab <= peak"] > 0
+    without = TableSchema.parse(RULED.model_dump(mode="json", exclude={"rules"}))
+    free = CDDPM(width=8, depth=1, steps=5).fit(ruled_table(200), without).sample(400)
+    assert (free["lab"] > free["peak"]).sum() > 100
+
+
+def test_rows_that_break_a_rule_are_not_learned_from() -> None:
+    with pytest.raises(DataError, match=r'E601 3 of 50 rows break the schema.s rule "lab <= peak"'):
+        CDDPM().fit(ruled_table(50).assign(lab=[199.0] * 3 + [1.0] * 47, peak=50.0), RULED)
+
+
+def test_a_model_keeps_its_rules_when_it_is_saved(tmp_path: Path) -> None:
+    CDDPM(width=8, depth=1, steps=5).fit(ruled_table(200), RULED).save(tmp_path)
+    loaded = CDDPM.load(tmp_path)
+    assert loaded.schema_.rules == RULED.rules
+    assert not (loaded.sample(200)["lab"] > loaded.sample(200)["peak"]).any()

@@ -198,6 +198,25 @@ def test_fit_and_sample_go_from_a_file_to_a_file(run, site: Path, schema: Path, 
     assert run("sample", model, "--n", 5, "--where", "ward=A", "--out", tmp_path / "more.csv").code == 2
 
 
+def test_rules_are_checked_in_files_and_what_they_did_to_rows_is_said(run, site: Path, schema: Path) -> None:  # type: ignore[no-untyped-def]
+    rule = "if race = Black then died = False"
+    ruled, model, out = (site.with_name(name) for name in ("ruled.json", "ruled", "ruled.csv"))
+    ruled.write_text(json.dumps(json.loads(schema.read_text()) | {"rules": [rule]}))
+    broken = run("schema", "check", ruled, site)
+    assert broken.code == 2
+    assert f'E601 10 of 60 rows break the schema\'s rule "{rule}". Correct them at the source' in broken.err
+    kept = [line for line in site.read_text().splitlines() if not line.endswith("Black,yes")]
+    site.with_name("kept.csv").write_text("\n".join(kept) + "\n")
+    assert run("fit", site.with_name("kept.csv"), "--schema", ruled, "--out", model, "--steps", 2).code == 0
+    drawn = run("sample", model, "--n", 200, "--out", out)
+    assert drawn.code == 0, drawn.err
+    assert f'{out}: note rule "{rule}": ' in drawn.err
+    rows = pd.read_csv(out, dtype=str)
+    assert not ((rows["race"] == "Black") & (rows["died"] == "True")).any()
+    asked = run("sample", model, "--n", 2, "--where", "race=Black", "--where", "died=True", "--out", "rows.csv")
+    assert (asked.code, asked.err.count("\n")) == (2, 1)
+
+
 def test_sample_refuses_what_it_cannot_draw(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "rows.csv"
     for where in (["race"], ["=Black"], ["race=Black", "race=White"]):

@@ -32,7 +32,7 @@ GOLDEN = {
         Run,
         [
             *["config", "seed", "dataset", "sites", "minority_groups", "minimum_cell", "test_set"],
-            *["engine", "versions", "seconds", "peak_memory_mb"],
+            *["engine", "repairs", "versions", "seconds", "peak_memory_mb"],
         ],
     ),
     "rows": (Score, ["site", "group", "arm", "model", "metric", "value", "low", "high", "reason", "n"]),

@@ -158,6 +158,12 @@ def test_all_groups_are_the_intersections_of_the_schemas_levels_without_missing(
     assert str(groups[0]) == "age=under 65, sex=F, died=no"
 
 
+def test_no_group_that_the_rules_forbid_is_asked_for(clinic_schema: TableSchema) -> None:
+    schema = TableSchema.parse(clinic_schema.model_dump(mode="json") | {"rules": ["if sex = F then died = no"]})
+    assert [str(group) for group in all_groups(schema) if "sex=F, died=yes" in str(group)] == []
+    assert len(all_groups(schema)) == 2 * 3
+
+
 def test_every_group_is_raised_to_a_multiple_of_what_the_federation_holds_and_at_least_to_the_floor() -> None:
     few, many, absent = (Group.of(race=race) for race in ("few", "many", "absent"))
     own = GroupCounts({few: 15, many: 400})

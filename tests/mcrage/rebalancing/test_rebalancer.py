@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from mcrage.data.groups import Group, GroupCounts, group_labels
+from mcrage.data.repair import Repairs
 from mcrage.data.schema import TableSchema
 from mcrage.errors import SamplingError
 from mcrage.rebalancing.plan import RebalancePlan
@@ -16,6 +17,8 @@ YOUNG_MEN_LIVED = Group.of(age="under 65", sex="M", died="no")
 
 class Redraw:
     """Makes rows by drawing from a table: with ``yield_rate`` below 1, some are of another group than asked for."""
+
+    repairs_ = Repairs(100, {"a <= b": 7, "b <= c": 0}, {"a <= b": 2, "b <= c": 0})
 
     def __init__(self, table: pd.DataFrame, schema: TableSchema, *, yield_rate: float = 1.0) -> None:
         self.table = table[[column.name for column in schema.modelled]]
@@ -95,13 +98,13 @@ def test_a_pool_has_what_was_asked_for_even_from_a_model_that_misses_at_times(
 ) -> None:
     model = Redraw(pool, clinic_schema, yield_rate=0.9)
     asked = {OLD_WOMEN_DIED: 30, YOUNG_MEN_LIVED: 30}
-    made = make_pool(model, clinic_schema, asked, random_state=3)
+    made = make_pool(model, clinic_schema, asked, random_state=3).table
     assert dict(GroupCounts.of(made, clinic_schema.attributes)) == asked
-    assert made.equals(make_pool(model, clinic_schema, asked, random_state=3))
+    assert made.equals(make_pool(model, clinic_schema, asked, random_state=3).table)
 
 
 def test_one_number_fills_every_intersection_of_the_schema(pool: pd.DataFrame, clinic_schema: TableSchema) -> None:
-    made = make_pool(Redraw(pool, clinic_schema), clinic_schema, 3, random_state=0)
+    made = make_pool(Redraw(pool, clinic_schema), clinic_schema, 3, random_state=0).table
     assert set(GroupCounts.of(made, clinic_schema.attributes).values()) == {3}
     assert len(made) == 8 * 3
 
@@ -111,7 +114,7 @@ def test_a_model_that_never_makes_the_group_ends_short_and_not_in_a_loop(
 ) -> None:
     men = pool[pool["sex"] == "M"].reset_index(drop=True)
     model = Redraw(men, clinic_schema, yield_rate=0.0)
-    made = make_pool(model, clinic_schema, {OLD_WOMEN_DIED: 5, YOUNG_MEN_LIVED: 5}, random_state=0)
+    made = make_pool(model, clinic_schema, {OLD_WOMEN_DIED: 5, YOUNG_MEN_LIVED: 5}, random_state=0).table
     assert set(GroupCounts.of(made, clinic_schema.attributes)) == {YOUNG_MEN_LIVED}
     with pytest.raises(SamplingError, match="no row was made"):
         make_pool(model, clinic_schema, {OLD_WOMEN_DIED: 5}, random_state=0)
@@ -121,3 +124,16 @@ def test_from_model_makes_what_the_plan_asks_for(pool: pd.DataFrame, clinic_sche
     plan = {OLD_WOMEN_DIED: 4}
     rebalancer = Rebalancer.from_model(Redraw(pool, clinic_schema), plan, clinic_schema, random_state=0)
     assert rebalancer.take(plan, np.random.default_rng(0)).short == {}
+
+
+def test_the_report_says_what_rules_did_to_the_pool(pool: pd.DataFrame, clinic_schema: TableSchema) -> None:
+    plan = {OLD_WOMEN_DIED: 4}
+    model = Redraw(pool, clinic_schema)
+    taken = Rebalancer.from_model(model, plan, clinic_schema, random_state=0).take(plan, np.random.default_rng(0))
+    assert taken.repairs == model.repairs_
+    assert str(taken).splitlines()[-1] == (
+        'rule "a <= b": 7 of 100 generated rows broke it; 2 were repaired, the others drawn anew'
+    )
+    assert (model.repairs_ + model.repairs_).repaired == {"a <= b": 4, "b <= c": 0}
+    untold = Rebalancer.from_pool(pool, clinic_schema).take(plan, np.random.default_rng(0))
+    assert "rule" not in str(untold)
