@@ -9,7 +9,7 @@ Example::
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mcrage.data.marginals import Marginals
 from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
+from mcrage.diffusion.calibration import calibrate, rows_per_round
 from mcrage.diffusion.network import RowNetwork
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
@@ -167,6 +168,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 losses.append(loss)
                 progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
         average.copy_to(self._network)
+        self._calibrate(rows_per_round(steps * self.batch_size))
         self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
         return self
 
@@ -322,18 +324,34 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 
     def _draw(self, asked: Constraint, generator: torch.Generator) -> pd.DataFrame:
         """Rows under a constraint, a part of them at a time."""
-        solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
-        parts: list[pd.DataFrame] = []
-        with torch.no_grad():
-            for start in range(0, max(len(asked.attributes), 1), _SAMPLE_ROWS):
-                part = asked.rows(slice(start, start + _SAMPLE_ROWS))
-                estimate = guided_estimate(
-                    self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
-                )
-                rows = part.attributes.shape[0]
-                z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
-                parts.append(self.transform.decode(z, levels, self._labels(part, z, levels, generator)))
+        parts = [
+            self.transform.decode(z, levels, self._labels(part, z, levels, generator))
+            for part, z, levels in self._solve(asked, generator)
+        ]
         return pd.concat(parts, ignore_index=True)
+
+    @torch.no_grad()
+    def _solve(self, asked: Constraint, generator: torch.Generator) -> Iterator[tuple[Constraint, Tensor, Tensor]]:
+        """Encoded rows under a constraint, a part of them at a time, which bounds the memory."""
+        solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
+        for start in range(0, max(len(asked.attributes), 1), _SAMPLE_ROWS):
+            part = asked.rows(slice(start, start + _SAMPLE_ROWS))
+            estimate = guided_estimate(
+                self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
+            )
+            rows = part.attributes.shape[0]
+            yield part, *solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+
+    def _calibrate(self, rows: int) -> None:
+        """Corrects the bias of every level to its released share; nothing if there is none, or with too few rows."""
+        if rows and self.transform.marginals is not None:
+            anything = self.transform.constrain(rows, None)
+            calibrate(
+                self._network.denoiser,
+                self._diffusion,
+                lambda generator: torch.cat([levels for _, _, levels in self._solve(anything, generator)]),
+                generator=rng.torch_stream(self.random_state, "calibrate"),
+            )
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""

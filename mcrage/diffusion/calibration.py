@@ -1,0 +1,56 @@
+"""Shares of levels in generated rows, brought to the released ones.
+
+A denoiser is a little too sure: over a whole path from noise to rows, small errors favour frequent levels, and rare
+ones come out some per cent too rare. The one-way histograms that sites released say how often each level should be.
+So rows are generated, and the bias of every level in the network's output is moved by the log ratio of the two shares,
+in a few rounds with falling rates (Robbins and Monro, 1951). It reads no record: what it uses was released already.
+
+Shape: levels (rows, num_blocks), one per block.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mcrage.diffusion.blocks import one_hot
+from mcrage.diffusion.denoiser import MLPDenoiser
+from mcrage.diffusion.tabular import TabularDiffusion
+
+_RATES = (0.5, 0.33, 0.25, 0.2)
+_PRIOR_ROWS = 10.0  # added to both counts: a level that was hardly ever generated is not moved far
+_MOST_ROWS, _LEAST_ROWS = 6144, 2048
+_ROWS_PER_ROW = (
+    200  # a generated row costs as much as some five trained ones: the whole stays below a tenth of training
+)
+
+
+def rows_per_round(trained_rows: int) -> int:
+    """Rows to generate in each round after a training that saw so many; 0 if they would be too few to learn from."""
+    rows = min(trained_rows // _ROWS_PER_ROW, _MOST_ROWS)
+    return rows if rows >= _LEAST_ROWS else 0
+
+
+def calibrate(
+    denoiser: MLPDenoiser,
+    diffusion: TabularDiffusion,
+    draw: Callable[[torch.Generator], Int[Tensor, "rows num_blocks"]],
+    *,
+    generator: torch.Generator,
+) -> None:
+    """Moves the denoiser's output biases, in place, so that levels have the shares of the prior.
+
+    Args:
+        denoiser: Its output biases move.
+        diffusion: Gives the released share of each level.
+        draw: Levels of generated rows, with the denoiser as it is.
+        generator: Draws them.
+    """
+    released = diffusion.blocks.softmax(diffusion.log_prior[None].clone())[0]
+    for rate in _RATES:
+        levels = draw(generator)
+        made = one_hot(levels, diffusion.blocks.sizes).sum(0)
+        ratio = torch.log((released * len(levels) + _PRIOR_ROWS) / (made + _PRIOR_ROWS))
+        with torch.no_grad():
+            denoiser.outputs.bias[diffusion.layout.num_numeric :].add_(ratio, alpha=rate)
