@@ -168,7 +168,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 losses.append(loss)
                 progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
         average.copy_to(self._network)
-        self._calibrate(rows_per_round(steps * self.batch_size))
+        self.calibrate(steps * self.batch_size)
         self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
         return self
 
@@ -239,6 +239,23 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             train_steps(self._network, self._diffusion, encoded, config=config, steps=steps, generator=generator)
         )
         return LocalUpdate(self.parameters(), float(np.mean(losses)))
+
+    def calibrate(self, trained_rows: int) -> None:
+        """Brings the shares of levels to the released ones, in place; without histograms it does nothing.
+
+        Args:
+            trained_rows: Rows that all training steps saw together; after a short training it does nothing either.
+        """
+        self._require_fitted()
+        rows = rows_per_round(trained_rows)
+        if rows and self.transform.marginals is not None:
+            anything = self.transform.constrain(rows, None)
+            calibrate(
+                self._network.denoiser,
+                self._diffusion,
+                lambda generator: torch.cat([levels for _, _, levels in self._solve(anything, generator)]),
+                generator=rng.torch_stream(self.random_state, "calibrate"),
+            )
 
     def parameters(self) -> dict[str, NDArray[np.float32]]:
         """Copies of all trainable parameters, in a fixed order."""
@@ -341,17 +358,6 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             )
             rows = part.attributes.shape[0]
             yield part, *solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
-
-    def _calibrate(self, rows: int) -> None:
-        """Corrects the bias of every level to its released share; nothing if there is none, or with too few rows."""
-        if rows and self.transform.marginals is not None:
-            anything = self.transform.constrain(rows, None)
-            calibrate(
-                self._network.denoiser,
-                self._diffusion,
-                lambda generator: torch.cat([levels for _, _, levels in self._solve(anything, generator)]),
-                generator=rng.torch_stream(self.random_state, "calibrate"),
-            )
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""

@@ -163,7 +163,11 @@ class RoundLoop:
         """The model as it is now, with everything that was learned on the way."""
         model = CDDPM.from_description(self._state.description)
         model.load_parameters(self._state.average)
-        model.set_params(random_state=self._config.federation.seed)
+        federation = self._config.federation
+        model.set_params(random_state=federation.seed)
+        model.calibrate(
+            self.server_round * federation.local_steps * federation.batch_size * len(self._state.site_counts)
+        )
         schema = self._roster.schema
         site_counts = {site: counts_from_json(text, schema) for site, text in self._state.site_counts.items()}
         return FederationResult(
