@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo test bench setup clean
+.PHONY: demo test bench bench-peers setup clean
 
 setup: $(READY)
 
@@ -27,7 +27,12 @@ test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 bench: $(READY)
+	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.overhead
+
+# makes an environment for each peer in runs/peers, of about 1.5 GB where it has torch
+bench-peers: $(READY)
+	$(BIN)/python -m benchmarks.peers
 
 clean:
 	rm -rf $(VENV) build dist runs

@@ -65,6 +65,7 @@ def measure(
         "sites": num_sites,
         "round_ms": round(1e3 * seconds, 1),
         "local_ms": round(1e3 * local, 1),
+        "ratio_to_local": round(seconds / local, 2),
         "overhead_ms": round(1e3 * (seconds - local), 1),
         "overhead_ms_per_site": round(1e3 * (seconds - local) / num_sites, 2),
         "run_s": round(time.monotonic() - started, 1),
