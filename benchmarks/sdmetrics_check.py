@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.generator import tables
 from benchmarks.machine import described, markdown
-from benchmarks.peers.environments import EnvironmentFailedError, interpreter, last_line, pinned
+from benchmarks.peers.environments import EnvironmentFailedError, interpreter, pinned, reason
 from benchmarks.peers.tables import categories, exported
 from mcrage import CDDPM, TableSchema
 from mcrage.evaluation import fidelity
@@ -68,7 +68,7 @@ def scores(folder: Path, cache: Path, schema: TableSchema) -> dict[str, dict[str
         sys.exit(f"sdmetrics could not be installed: {error}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"sdmetrics failed: {last_line(done.stderr)}")
+        sys.exit(f"sdmetrics failed: {reason(done)}")
     return json.loads(done.stdout)
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from benchmarks.generator import quality, tables
 from benchmarks.machine import describe, described, markdown
-from benchmarks.peers.environments import REQUIREMENTS, EnvironmentFailedError, interpreter, last_line, pinned
+from benchmarks.peers.environments import REQUIREMENTS, EnvironmentFailedError, interpreter, pinned, reason
 from benchmarks.peers.tables import categories, exported, restored
 from mcrage import TableSchema, rng
 
@@ -83,7 +83,7 @@ class Bench:
         environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RunFailedError(last_line(done.stderr))
+            raise RunFailedError(reason(done))
         made = pd.read_csv(
             folder / "rows.csv", dtype=dict.fromkeys(self.names, object), keep_default_na=False, na_values=[""]
         )
@@ -177,7 +177,7 @@ def flat(measures: dict[str, object]) -> dict[str, object]:
 def summary(lines: list[dict[str, object]]) -> str:
     """The table of all runs, and below it what failed."""
     done = [entry for entry in lines if "failed" not in entry]
-    keys = list(dict.fromkeys(key for entry in done for key in entry))
+    keys = list(max(done, key=len))
     failed = [f"{entry['peer']}: failed: {entry['failed']}" for entry in lines if "failed" in entry]
     return "\n".join([markdown([{key: entry.get(key) for key in keys} for entry in done]), *failed, described()])
 

@@ -52,13 +52,13 @@ def pinned(name: str) -> str:
     return next(pin.removeprefix(f"{name}==") for pin in pins if pin.startswith(f"{name}=="))
 
 
-def last_line(text: str) -> str:
-    """The last line that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed, in one line: the last that it said."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"ended with status {done.returncode} and without a message"
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EnvironmentFailedError(last_line(done.stderr))
+        raise EnvironmentFailedError(reason(done))

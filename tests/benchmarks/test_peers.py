@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,14 @@ def test_a_peer_that_cannot_be_installed_is_a_line_with_the_reason(
     assert "| other | 0 | 0.9 |" in table
     assert "ctgan: failed: " in table
     assert "| ctgan |" not in table
+
+
+def test_the_reason_of_a_failure_is_one_line_also_where_the_process_was_ended() -> None:
+    spoke = subprocess.run([sys.executable, "-c", "import no_such_module"], capture_output=True, text=True, check=False)
+    assert environments.reason(spoke) == "ModuleNotFoundError: No module named 'no_such_module'"
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    ended = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, check=False)
+    assert environments.reason(ended) == "ended with status -9 and without a message"
 
 
 def test_every_peer_is_pinned() -> None:
