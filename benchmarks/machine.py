@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
@@ -53,16 +56,19 @@ def peak_memory_mb() -> float | None:
     return _memory_mb("VmHWM")
 
 
-def added_memory_mb(work: Callable[[], object]) -> float | None:
-    """By how much one call raises the resident memory at its peak; None where the system does not tell."""
+def added_memory_mb(work: Callable[[], T]) -> tuple[T, float | None]:
+    """What a call returns, and by how much it raised the resident memory at its peak; None where no system tells.
+
+    A second call of the same work shows less: it uses the memory that the first one left to the process.
+    """
     try:
         _RESET_PEAK.write_text("5", encoding="utf-8")
     except OSError:
-        return None
+        return work(), None
     before = _memory_mb("VmRSS")
-    work()
+    result = work()
     peak = peak_memory_mb()
-    return None if peak is None or before is None else peak - before
+    return result, None if peak is None or before is None else peak - before
 
 
 def _memory_mb(field: str) -> float | None:

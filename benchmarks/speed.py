@@ -75,13 +75,12 @@ def training(table: pd.DataFrame, schema: TableSchema, *, steps: int, repeats: i
         return CDDPM(steps=number).fit(table, schema)
 
     with recorded() as products:
-        model = fit(steps)
+        model, memory = added_memory_mb(lambda: fit(steps))
     called = {product.layer for product in products}
     layers = {name: layer for name, layer in model._network.denoiser.named_modules() if isinstance(layer, nn.Linear)}
     if silent := [name for name, layer in layers.items() if id(layer) not in called]:
         raise SystemExit(f"layers {', '.join(silent)} are not called as modules: the bare loop would miss them")
     bare = bare_loop(products)
-    memory = added_memory_mb(lambda: fit(FEW_STEPS))
     steps_only, bare_only = [], []
     for _ in range(repeats):
         longer = seconds(lambda: fit(FEW_STEPS + steps))
@@ -94,9 +93,8 @@ def training(table: pd.DataFrame, schema: TableSchema, *, steps: int, repeats: i
 def sampling(model: CDDPM, *, rows: int, repeats: int) -> dict[str, object]:
     """The table's line about generated rows."""
     with recorded() as products:
-        model.sample(rows)
+        _, memory = added_memory_mb(lambda: model.sample(rows))
     bare = bare_loop(products)
-    memory = added_memory_mb(lambda: model.sample(rows))
     whole, bare_only = [], []
     for _ in range(repeats):
         whole.append(seconds(lambda: model.sample(rows)))
