@@ -179,6 +179,13 @@ class Cohort:
         risk: Floats = 1 / (1 + np.exp(-log_odds))
         return risk
 
+    def coefficients(self, *, minority: bool) -> dict[str, float]:
+        """Log odds per unit of each finding in the minority, or in everybody else; the intercept first."""
+        effects = self.truth.effects.items()
+        return {"intercept": self._intercept} | {
+            name: effect.log_odds * (effect.in_minority if minority else 1.0) for name, effect in effects
+        }
+
     def best_auroc(self, table: pd.DataFrame) -> dict[str, float]:
         """AUROC of the true risk on a table, by race and for all: no model can be expected to rank better.
 
