@@ -221,6 +221,34 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 losses = losses + self._network.label.loss(encoded)
         return float(losses.mean())
 
+    def row_losses(
+        self, table: pd.DataFrame, *, times: tuple[float, ...], draws: int, random_state: int
+    ) -> NDArray[np.float32]:
+        """The denoiser's loss of each row, with the same times and noise for all rows; shape (rows, times, draws)."""
+        self._require_fitted()
+        encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
+        rows, given = len(encoded), encoded.attributes
+        noise = torch.randn(len(times), draws, self.transform.layout.width, generator=rng.torch_stream(random_state))
+        losses = np.zeros((rows, len(times), draws), dtype=np.float32)
+        with torch.no_grad():
+            for place, draw in np.ndindex(len(times), draws):
+                time, same = torch.full((rows,), times[place]), noise[place, draw].expand(rows, -1)
+                part = self._diffusion.loss_at(self._network.denoiser, encoded, time=time, noise=same, attributes=given)
+                losses[:, place, draw] = part.numpy()
+        return losses
+
+    def label_losses(self, table: pd.DataFrame) -> NDArray[np.float32] | None:
+        """The label model's loss of each row; None where there is no label."""
+        self._require_fitted()
+        if self._network.label is None:
+            return None
+        encoded = self.transform.encode(table, generator=rng.stream(0, "encode"))
+        return self._network.label.loss(encoded).detach().numpy()
+
+    def untrained(self) -> "CDDPM":
+        """The same network, with the same encoding of rows, before its training."""
+        return CDDPM.from_description(self.describe())
+
     def train_locally(
         self, encoded: EncodedTable, *, steps: range, config: TrainingConfig, generator: torch.Generator
     ) -> LocalUpdate:
