@@ -29,7 +29,7 @@ from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
 from mcrage.diffusion.calibration import calibrate, rows_per_round
-from mcrage.diffusion.network import RowNetwork
+from mcrage.diffusion.network import RowNetwork, check_parameters
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
@@ -39,7 +39,6 @@ from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_s
 FORMAT = 3
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
 _SAMPLE_ROWS = 2048
-_LARGEST_WEIGHT = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,22 +411,3 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 def default_steps(rows: int) -> int:
     """Training steps for a table: few for a small one, which long training would memorise."""
     return int(np.clip(2 * rows, 300, 4000))
-
-
-def check_parameters(parameters: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises unless every parameter is there, and nothing else, each float32, of its shape, finite and not huge.
-
-    Raises:
-        MessageError: Naming the first parameter that is wrong, never a value of it.
-    """
-    if list(parameters) != list(shapes) and set(parameters) != set(shapes):
-        missing, extra = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
-        raise MessageError(f"parameters do not match: {len(missing)} missing {missing[:3]}, {len(extra)} unknown")
-    for name, shape in shapes.items():
-        value = parameters[name]
-        if value.dtype != np.float32 or value.shape != shape:
-            raise MessageError(f"parameter '{name}': expected float32 {shape}, got {value.dtype} {value.shape}")
-        if not np.isfinite(value).all():
-            raise MessageError(f"parameter '{name}' has values that are not finite")
-        if np.abs(value).max(initial=0.0) > _LARGEST_WEIGHT:
-            raise MessageError(f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")

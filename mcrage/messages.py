@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
-from mcrage.cddpm import check_parameters
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
+from mcrage.diffusion.network import check_parameters
 from mcrage.errors import ConfigError, DataError, MessageError, SchemaError
 
 Scalar = bool | int | float | str

@@ -1,11 +1,18 @@
 """All parameters of a generator in one module: what sites train and exchange."""
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from mcrage.data.transform import TableTransform
 from mcrage.diffusion.denoiser import MLPDenoiser
 from mcrage.diffusion.label import LabelModel
+from mcrage.errors import MessageError
+
+_LARGEST_WEIGHT = 1e3
 
 
 class RowNetwork(nn.Module):
@@ -27,3 +34,22 @@ class RowNetwork(nn.Module):
             if layout.has_target
             else None
         )
+
+
+def check_parameters(parameters: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless every parameter is there, and nothing else, each float32, of its shape, finite and not huge.
+
+    Raises:
+        MessageError: Naming the first parameter that is wrong, never a value of it.
+    """
+    if list(parameters) != list(shapes) and set(parameters) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
+        raise MessageError(f"parameters do not match: {len(missing)} missing {missing[:3]}, {len(extra)} unknown")
+    for name, shape in shapes.items():
+        value = parameters[name]
+        if value.dtype != np.float32 or value.shape != shape:
+            raise MessageError(f"parameter '{name}': expected float32 {shape}, got {value.dtype} {value.shape}")
+        if not np.isfinite(value).all():
+            raise MessageError(f"parameter '{name}' has values that are not finite")
+        if np.abs(value).max(initial=0.0) > _LARGEST_WEIGHT:
+            raise MessageError(f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")

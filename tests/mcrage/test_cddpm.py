@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 from mcrage import rng
-from mcrage.cddpm import CDDPM, ModelConfig, check_parameters, default_steps
+from mcrage.cddpm import CDDPM, ModelConfig, default_steps
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
+from mcrage.diffusion.network import check_parameters
 from mcrage.errors import CheckpointError, ConfigError, DataError, MessageError, NotFittedError, SamplingError
 from mcrage.training.local import TrainingConfig
 
