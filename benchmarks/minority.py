@@ -2,7 +2,7 @@
 
     MCRAGE_DATA=… python -m benchmarks.minority groups [--steps 2400] [--seeds 1]
     python -m benchmarks.minority cohort [--seeds 2] [--patients-per-site 700]
-    python -m benchmarks.minority collapse [--seeds 3] [--guidance 0 0.5] [--variant condition_dropout=0.3,level_weight=2]
+    python -m benchmarks.minority collapse [--seeds 3] [--guidance 0 0.5] [--variant condition_dropout=0.3]
 
 ``groups``: fidelity within race × sex and race × sex × label of diabetes-130, rows asked for by group as the rebalancer
 does, beside real training rows. ``cohort``: the same for the minority of the simulated cohort and a federated model of
