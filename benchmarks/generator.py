@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sampling-steps", type=int, default=15)
+    parser.add_argument("--sampling-steps", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, test, schema = tables()

@@ -95,7 +95,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         batch_size: int = 256,
         learning_rate: float = 5e-3,
         guidance: float = 0.0,
-        sampling_steps: int = 15,
+        sampling_steps: int = 20,
         sampler: str = "dpm-solver",
         random_state: int = 0,
         verbose: int = 0,
