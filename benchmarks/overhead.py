@@ -20,10 +20,11 @@ import torch
 
 from client.app import app
 from mcrage import rng
-from mcrage.cddpm import CDDPM, ModelConfig
+from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig
 from mcrage.data.reader import read_table
 from mcrage.data.schema import TableSchema
+from mcrage.diffusion.network import ModelConfig
 from mcrage.training.local import TrainingConfig
 from server.rounds import run_federation
 from simulations.cohort import Cohort, CohortConfig

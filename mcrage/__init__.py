@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcrage.cddpm import CDDPM as CDDPM
-    from mcrage.cddpm import ModelConfig as ModelConfig
     from mcrage.data.groups import Group as Group
     from mcrage.data.groups import GroupCounts as GroupCounts
     from mcrage.data.marginals import Marginals as Marginals
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from mcrage.data.schema import TableSchema as TableSchema
     from mcrage.data.split import split_by_patient as split_by_patient
     from mcrage.data.transform import TableTransform as TableTransform
+    from mcrage.diffusion.network import ModelConfig as ModelConfig
     from mcrage.errors import McrageError as McrageError
     from mcrage.rebalancing.plan import RebalancePlan as RebalancePlan
     from mcrage.training.local import TrainingConfig as TrainingConfig
@@ -30,7 +30,7 @@ _HOME = {
     "GroupCounts": "mcrage.data.groups",
     "Marginals": "mcrage.data.marginals",
     "McrageError": "mcrage.errors",
-    "ModelConfig": "mcrage.cddpm",
+    "ModelConfig": "mcrage.diffusion.network",
     "RebalancePlan": "mcrage.rebalancing.plan",
     "TableSchema": "mcrage.data.schema",
     "TableTransform": "mcrage.data.transform",

@@ -10,7 +10,7 @@ Example::
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +29,17 @@ from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
 from mcrage.diffusion.calibration import calibrate, rows_per_round
-from mcrage.diffusion.network import RowNetwork, check_parameters
+from mcrage.diffusion.network import ModelConfig, RowNetwork, check_parameters
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
 from mcrage.progress import ProgressReport
+from mcrage.training.length import default_steps, opening
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
 
 FORMAT = 3
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
 _SAMPLE_ROWS = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What the network and its diffusion are; the same at every site.
-
-    Attributes:
-        width: Hidden units per layer.
-        depth: Hidden layers.
-        diffusion: Scales and weights of the diffusion.
-    """
-
-    width: int = 192
-    depth: int = 3
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-    def __post_init__(self) -> None:
-        for name, value, largest in (("width", self.width, 4096), ("depth", self.depth, 32)):
-            if not 1 <= value <= largest:
-                raise ConfigError(f"{name} must be between 1 and {largest}, got {value}")
 
 
 class CDDPM(BaseEstimator):  # type: ignore[misc]
@@ -70,7 +51,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     Args:
         width: Hidden units per layer.
         depth: Hidden layers.
-        steps: Training steps; by default a number that grows with the table (:func:`default_steps`).
+        steps: Training steps; by default (:func:`~mcrage.training.length.default_steps`) a number that grows with the
+            table, because a long training memorises a small one.
         batch_size: Rows per step.
         learning_rate: Highest learning rate.
         guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
@@ -82,6 +64,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     Attributes:
         schema_: The data dictionary, once fitted.
         transform: The map between tables and tensors, once fitted.
+        steps_: Training steps of :meth:`fit`.
         history_: Mean loss of each tenth of the training.
         repairs_: What the schema's rules did to the rows that were sampled last.
     """
@@ -149,12 +132,13 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         encoded = self.transform.encode(table, generator=rng.stream(self.random_state, "encode"))
         if not len(encoded):
             raise ConfigError("the table has no rows; at least one is needed to train")
-        steps = self.steps or default_steps(len(encoded))
+        self.steps_ = steps = self.steps or default_steps(len(encoded), self.batch_size)
         training = TrainingConfig(total_steps=steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
         average = Averaged(self._network, training.ema_decay)
         losses: list[float] = []
         every = max(steps // 10, 1)
-        with ProgressReport("training", steps, enabled=self.verbose > 0, every=every) as progress:
+        said = opening(steps, len(encoded), is_default=not self.steps)
+        with ProgressReport("training", steps, enabled=self.verbose > 0, every=every, opening=said) as progress:
             for loss in train_steps(
                 self._network,
                 self._diffusion,
@@ -226,15 +210,16 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         """The denoiser's loss of each row, with the same times and noise for all rows; shape (rows, times, draws)."""
         self._require_fitted()
         encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
-        rows, given = len(encoded), encoded.attributes
+        rows, net, given = len(encoded), self._network.denoiser, encoded.attributes
         noise = torch.randn(len(times), draws, self.transform.layout.width, generator=rng.torch_stream(random_state))
-        losses = np.zeros((rows, len(times), draws), dtype=np.float32)
+        pairs = [
+            (torch.full((rows,), at), one.expand(rows, -1))
+            for at, several in zip(times, noise, strict=True)
+            for one in several
+        ]
         with torch.no_grad():
-            for place, draw in np.ndindex(len(times), draws):
-                time, same = torch.full((rows,), times[place]), noise[place, draw].expand(rows, -1)
-                part = self._diffusion.loss_at(self._network.denoiser, encoded, time=time, noise=same, attributes=given)
-                losses[:, place, draw] = part.numpy()
-        return losses
+            parts = [self._diffusion.loss_at(net, encoded, time=t, noise=e, attributes=given) for t, e in pairs]
+        return torch.stack(parts, dim=1).reshape(rows, len(times), draws).numpy()
 
     def label_losses(self, table: pd.DataFrame) -> NDArray[np.float32] | None:
         """The label model's loss of each row; None where there is no label."""
@@ -406,8 +391,3 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     def _require_fitted(self) -> None:
         if not hasattr(self, "schema_"):
             raise NotFittedError("the model has no parameters yet: call fit, or load a saved one")
-
-
-def default_steps(rows: int) -> int:
-    """Training steps for a table: few for a small one, which long training would memorise."""
-    return int(np.clip(2 * rows, 300, 4000))

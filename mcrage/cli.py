@@ -180,7 +180,8 @@ def fit(
         _say(f"{table}: note {note}")
     model = CDDPM(steps=steps, random_state=seed, verbose=1).fit(report.table, schema)
     model.save(out)
-    typer.echo(f"{out}: trained on {len(report.table):,} rows")
+    length = "" if steps else ", the default for so many; --steps changes it"
+    typer.echo(f"{out}: trained on {len(report.table):,} rows for {model.steps_:,} steps{length}")
 
 
 @app.command("sample")

@@ -17,18 +17,24 @@ class ProgressReport:
         enabled: Whether to print at all.
         every: Steps between two lines where there is no terminal.
         done: Steps that were done before.
+        opening: A line to print before the first step.
     """
 
-    def __init__(self, title: str, total: int, *, enabled: bool = True, every: int = 1, done: int = 0) -> None:
+    def __init__(
+        self, title: str, total: int, *, enabled: bool = True, every: int = 1, done: int = 0, opening: str = ""
+    ) -> None:
         self.title = title
         self.total = total
         self.every = every
+        self.opening = opening
         self._enabled = enabled
         self._done = done
         self._started = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> "ProgressReport":
+        if self._enabled and self.opening:
+            print(self.opening, file=sys.stderr, flush=True)  # noqa: T201
         if self._enabled and sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"),

@@ -19,10 +19,11 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvgM
 
-from mcrage.cddpm import CDDPM, ModelConfig
+from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig
 from mcrage.data.groups import GroupCounts
 from mcrage.data.marginals import Marginals
+from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import CheckpointError, ConfigError, FederationError
 from mcrage.messages import (
     EvaluateInstruction,

@@ -89,10 +89,10 @@ class SiteTask:
 
 
 def train_local(task: LocalTraining) -> None:
-    """Trains and saves the model of one hospital."""
+    """Trains and saves the model of one hospital, in as many steps as it takes part with in the federation."""
     torch.set_num_threads(1)
     settings = task.federation.model_dump(include={"width", "depth", "batch_size", "learning_rate"})
-    model = CDDPM(**settings, random_state=task.seed)
+    model = CDDPM(**settings, steps=task.federation.total_steps, random_state=task.seed)
     model.fit(task.train, task.schema).save(task.folder)
 
 

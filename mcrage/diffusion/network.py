@@ -1,6 +1,7 @@
 """All parameters of a generator in one module: what sites train and exchange."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,9 +11,30 @@ from torch import nn
 from mcrage.data.transform import TableTransform
 from mcrage.diffusion.denoiser import MLPDenoiser
 from mcrage.diffusion.label import LabelModel
-from mcrage.errors import MessageError
+from mcrage.diffusion.tabular import DiffusionConfig
+from mcrage.errors import ConfigError, MessageError
 
 _LARGEST_WEIGHT = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the network and its diffusion are; the same at every site.
+
+    Attributes:
+        width: Hidden units per layer.
+        depth: Hidden layers.
+        diffusion: Scales and weights of the diffusion.
+    """
+
+    width: int = 192
+    depth: int = 3
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, largest in (("width", self.width, 4096), ("depth", self.depth, 32)):
+            if not 1 <= value <= largest:
+                raise ConfigError(f"{name} must be between 1 and {largest}, got {value}")
 
 
 class RowNetwork(nn.Module):

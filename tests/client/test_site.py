@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.site import Site, releasable_counts
-from mcrage.cddpm import CDDPM, ModelConfig
+from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig, Scalar
 from mcrage.data.groups import MINIMUM_CELL, GroupCounts
 from mcrage.data.reader import read_table
 from mcrage.data.schema import TableSchema
 from mcrage.data.split import split_by_patient
+from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import ConfigError, SchemaError
 from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
 

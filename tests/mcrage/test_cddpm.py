@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 
 from mcrage import rng
-from mcrage.cddpm import CDDPM, ModelConfig, default_steps
+from mcrage.cddpm import CDDPM, ModelConfig
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import check_parameters
 from mcrage.errors import CheckpointError, ConfigError, DataError, MessageError, NotFittedError, SamplingError
+from mcrage.training.length import default_steps
 from mcrage.training.local import TrainingConfig
 
 SCHEMA = TableSchema.parse(
@@ -207,19 +208,21 @@ def test_no_rows_can_be_asked_for(fitted: CDDPM) -> None:
     assert list(fitted.sample(0).columns) == list(make_table(1).columns)
 
 
-def test_the_default_training_length_grows_with_the_table() -> None:
-    lengths = [default_steps(rows) for rows in (10, 500, 5_000, 100_000)]
-    assert lengths == sorted(lengths)
-    assert lengths[0] < lengths[2]
-
-
 def test_progress_is_silent_by_default_and_shows_the_loss_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     CDDPM(width=8, depth=1, steps=20).fit(make_table(50), SCHEMA)
     assert capsys.readouterr().err == ""
     CDDPM(width=8, depth=1, steps=20, verbose=1).fit(make_table(50), SCHEMA)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
+    assert lines[0] == "training 20 steps (as asked)"
     assert "training 20/20 loss" in lines[-1]
+
+
+def test_the_default_length_is_said_before_the_training_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    model = CDDPM(width=8, depth=1, verbose=1).fit(make_table(50), SCHEMA)
+    assert model.steps_ == default_steps(50)
+    assert capsys.readouterr().err.startswith(f"training {model.steps_} steps (the default for 50 rows; steps changes")
+    assert CDDPM(width=8, depth=1, steps=3).fit(make_table(50), SCHEMA).steps_ == 3
 
 
 def test_checking_parameters_accepts_what_is_right() -> None:

@@ -185,6 +185,7 @@ def test_fit_and_sample_go_from_a_file_to_a_file(run, site: Path, schema: Path, 
     model, out = tmp_path / "model", tmp_path / "rows.csv"
     trained = run("fit", site, "--schema", schema, "--out", model, "--steps", 20, "--seed", 1)
     assert trained.code == 0, trained.err
+    assert trained.out == f"{model}: trained on 60 rows for 20 steps\n"
     where = ("--where", "race=Black", "--where", "died=True", "--where", "age=50")
     drawn = run("sample", model, "--n", 50, *where, "--out", out)
     assert drawn.code == 0, drawn.err
@@ -215,6 +216,13 @@ def test_rules_are_checked_in_files_and_what_they_did_to_rows_is_said(run, site:
     assert not ((rows["race"] == "Black") & (rows["died"] == "True")).any()
     asked = run("sample", model, "--n", 2, "--where", "race=Black", "--where", "died=True", "--out", "rows.csv")
     assert (asked.code, asked.err.count("\n")) == (2, 1)
+
+
+def test_fit_says_that_the_length_is_a_default_and_what_changes_it(run, site: Path, schema: Path) -> None:  # type: ignore[no-untyped-def]
+    model = site.with_name("model")
+    trained = run("fit", site, "--schema", schema, "--out", model)
+    assert trained.err.startswith("training 60 steps (the default for 60 rows; steps changes it)\n")
+    assert trained.out == f"{model}: trained on 60 rows for 60 steps, the default for so many; --steps changes it\n"
 
 
 def test_sample_refuses_what_it_cannot_draw(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
