@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from mcrage import rng
-from mcrage.cddpm import CDDPM, ModelConfig
+from mcrage.cddpm import CDDPM
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
-from mcrage.diffusion.network import check_parameters
+from mcrage.diffusion.network import ModelConfig, check_parameters
 from mcrage.errors import CheckpointError, ConfigError, DataError, MessageError, NotFittedError, SamplingError
 from mcrage.training.length import default_steps
 from mcrage.training.local import TrainingConfig
