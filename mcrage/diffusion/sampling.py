@@ -38,10 +38,11 @@ def guided_estimate(
     sizes = diffusion.layout.block_sizes
     fixed = one_hot(constraint.codes, sizes)
     is_fixed = (constraint.codes >= 0)[:, diffusion.blocks.of_level]
+    any_fixed = bool(is_fixed.any())
 
     def estimate(noisy: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         numeric, probabilities = diffusion.estimate(denoiser, noisy, time, constraint.attributes, guidance=guidance)
-        return numeric.clamp(low, high), torch.where(is_fixed, fixed, probabilities)
+        return numeric.clamp(low, high), torch.where(is_fixed, fixed, probabilities) if any_fixed else probabilities
 
     return estimate
 
@@ -60,6 +61,8 @@ def dpm_solver(
     numeric = probabilities = previous = torch.zeros(0)
     for here in range(steps):
         numeric, probabilities = estimate(row, times[here : here + 1])
+        if here == steps - 1:
+            break
         clean = direction = diffusion.join(numeric, probabilities)
         gap = log_ratio[here + 1] - log_ratio[here]
         if here:
@@ -82,6 +85,8 @@ def ancestral(
     numeric = probabilities = torch.zeros(0)
     for here in range(steps):
         numeric, probabilities = estimate(row, times[here : here + 1])
+        if here == steps - 1:
+            break
         clean = diffusion.join(numeric, probabilities)
         kept = signal[here] / signal[here + 1]
         variance = noise[here] ** 2 - kept**2 * noise[here + 1] ** 2
@@ -92,10 +97,7 @@ def ancestral(
 
 
 def _path(diffusion: TabularDiffusion, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Times from noise to rows, with the signal and the noise there.
-
-    The last estimate is made just before the end: there is hardly anything to gain after it.
-    """
-    times = torch.cat([torch.linspace(1.0, _LAST, steps), torch.zeros(1)])
+    """Times at which estimates are made, from noise to all but clean rows, with the signal and the noise there."""
+    times = torch.linspace(1.0, _LAST, steps)
     signal, noise = diffusion.schedule.signal_noise(times)
     return times, signal[:, 0].clamp(min=1e-4), noise[:, 0]
