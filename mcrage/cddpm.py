@@ -34,7 +34,7 @@ from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
 from mcrage.progress import ProgressReport
-from mcrage.training.length import default_steps, opening
+from mcrage.training.length import default_learning_rate, default_steps, opening
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
 
 FORMAT = 3
@@ -54,7 +54,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         steps: Training steps; by default (:func:`~mcrage.training.length.default_steps`) a number that grows with the
             table, because a long training memorises a small one.
         batch_size: Rows per step.
-        learning_rate: Highest learning rate.
+        learning_rate: Highest learning rate; by default (:func:`~mcrage.training.length.default_learning_rate`) lower
+            for a small table.
         guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
         sampling_steps: Steps of the sampler.
         sampler: ``"dpm-solver"`` (few steps, some fresh noise) or ``"ancestral"`` (many steps, all fresh noise).
@@ -76,7 +77,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         depth: int = 3,
         steps: int | None = None,
         batch_size: int = 256,
-        learning_rate: float = 5e-3,
+        learning_rate: float | None = None,
         guidance: float = 0.0,
         sampling_steps: int = 20,
         sampler: str = "dpm-solver",
@@ -133,7 +134,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         if not len(encoded):
             raise ConfigError("the table has no rows; at least one is needed to train")
         self.steps_ = steps = self.steps or default_steps(len(encoded), self.batch_size)
-        training = TrainingConfig(total_steps=steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        rate = self.learning_rate or default_learning_rate(len(encoded))
+        training = TrainingConfig(total_steps=steps, batch_size=self.batch_size, learning_rate=rate)
         average = Averaged(self._network, training.ema_decay)
         losses: list[float] = []
         every = max(steps // 10, 1)

@@ -1,11 +1,17 @@
-from mcrage.training.length import PASSES, default_steps, opening
+import pytest
+
+from mcrage.training.length import PASSES, default_learning_rate, default_steps, opening
 
 
-def test_the_default_passes_equally_often_over_tables_of_any_size_but_the_smallest_and_the_largest() -> None:
-    for rows in (2000, 5000, 20_000):
-        for batch_size in (128, 256):
-            assert abs(default_steps(rows, batch_size) * batch_size / rows - PASSES) < 0.5
-    assert (default_steps(10), default_steps(1_000_000)) == (60, 4000)
+@pytest.mark.parametrize(("rows", "batch_size"), [(30_000, 256), (60_000, 256), (120_000, 512)])
+def test_large_tables_are_passed_equally_often(rows: int, batch_size: int) -> None:
+    assert abs(default_steps(rows, batch_size) * batch_size / rows - PASSES) < 0.5
+
+
+def test_small_tables_are_passed_more_often_by_smaller_steps() -> None:
+    assert [default_steps(rows) for rows in (10, 1000, 4000, 1_000_000)] == [60, 195, 390, 4000]
+    rates = [default_learning_rate(rows) for rows in (10, 1000, 4000, 25_000, 1_000_000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 2e-3, 5e-3, 5e-3])
 
 
 def test_the_length_of_a_training_is_said_with_its_reason() -> None:
