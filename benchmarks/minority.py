@@ -114,7 +114,9 @@ def cohort(options: argparse.Namespace) -> Iterator[Line]:
         hospitals = truth.hospitals(test_patients=0)
         mix = {race: 1.0 for race in ("White", "Hispanic", "Asian")} | {MINORITY: 3.0}
         fresh = truth.fresh(2 * ROWS, races=mix)
-        halves = [fresh.iloc[rows] for rows in np.array_split(rng.stream(seed, "halves").permutation(len(fresh)), 2)]
+        compared = fresh[fresh["race"].isin([MINORITY, "White"])]
+        order = rng.stream(seed, "halves").permutation(len(compared))
+        halves = [compared.iloc[rows] for rows in np.array_split(order, 2)]
         train = pd.concat(
             [split_by_patient(table, truth.schema, test_fraction=0.3)[0] for table in hospitals.tables.values()]
         )
