@@ -6,7 +6,8 @@ where they did not, the value's position between its public bounds does, on the 
     value ──released histogram──► probability ──Φ⁻¹──► z        or        value ──bounds, scale──► position ──► z
 
 Rounded columns are spread evenly over their rounding interval first, so that decoding by rounding is exact and a
-column with many equal values (zero visits) is still continuous to the model.
+column with many equal values (zero visits) is still continuous to the model. So are the two bounds of any column: rows
+that sit exactly there (a saturation of 100 %, no cost) have a cell of their own and come back exactly there.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MAX_CODED_VALUES = 32
 
 _FLOOR = 1e-6  # share of probability spread evenly, so that no value is impossible and the map stays invertible
 _EDGE = 1e-9  # keeps z within ±6
+_MARGIN = 1e-3  # of the range: width of the cell beyond a bound that stands for the bound of an unrounded column
 
 
 def is_coded(column: Column) -> bool:
@@ -59,10 +61,10 @@ class NumericCoding:
             jitter: Place within the rounding interval of each value, in [−.5, .5].
         """
         column = self.column
-        values = np.clip(values, column.low, column.high) + column.step * jitter
         if self.density is None:
+            values = np.clip(values, column.low, column.high) + column.step * jitter
             return (2.0 * scale_position(values, column) - 1.0) * np.sqrt(3.0)
-        probability = np.interp(values, cell_edges(column), self._cumulative())
+        probability = np.interp(spread(values, column, jitter), cell_edges(column), self._cumulative())
         return np.asarray(ndtri(np.clip(probability, _EDGE, 1 - _EDGE)), dtype=np.float64)
 
     def decode(self, z: Floats) -> Floats:
@@ -112,11 +114,46 @@ def unscale_position(position: Floats, column: Column) -> Floats:
     return low + position * (high - low)
 
 
+def spread(values: Floats, column: Column, jitter: Floats | float = 0.0) -> Floats:
+    """Values at a place within their rounding interval, or for a bound of an unrounded column within its cell.
+
+    Args:
+        values: Numbers without NaN; those outside the bounds are moved to the nearest bound.
+        column: Its place in the schema.
+        jitter: The place, in [−.5, .5].
+    """
+    values = np.clip(values, column.low, column.high)
+    if column.step:
+        return values + column.step * jitter
+    beyond = np.where(values == column.low, jitter - 0.5, np.where(values == column.high, jitter + 0.5, 0.0))
+    return np.asarray(values + _MARGIN * (column.high - column.low) * beyond, dtype=np.float64)
+
+
+def has_cell_per_value(column: Column) -> bool:
+    """Whether every value of a numeric column has a cell of the histogram."""
+    return bool(column.step) and round((column.high - column.low) / column.step) < MAX_CELLS
+
+
 def cell_edges(column: Column) -> Floats:
-    """Edges of the histogram cells of a numeric column: a cell a value where they are few, else even on its scale."""
-    if column.step and (num_values := round((column.high - column.low) / column.step) + 1) <= MAX_CELLS:
-        return np.asarray(column.low + column.step * (np.arange(num_values + 1) - 0.5), dtype=np.float64)
-    return unscale_position(np.linspace(0.0, 1.0, MAX_CELLS + 1), column)
+    """Edges of the histogram cells of a numeric column.
+
+    A cell a value where they are few. Else cells are even on the column's scale but hold whole rounding intervals, and
+    each bound has a cell of its own.
+    """
+    if not column.step:
+        inner = unscale_position(np.linspace(0.0, 1.0, MAX_CELLS + 1), column)
+        margin = _MARGIN * (column.high - column.low)
+        return np.concatenate([[column.low - margin], inner, [column.high + margin]])
+    num_values = round((column.high - column.low) / column.step) + 1
+    steps = np.arange(num_values + 1) if has_cell_per_value(column) else _even_steps(column, num_values)
+    return np.asarray(column.low + column.step * (steps - 0.5), dtype=np.float64)
+
+
+def _even_steps(column: Column, num_values: int) -> Floats:
+    """Rounding steps at which cells begin."""
+    even = unscale_position(np.linspace(0.0, 1.0, MAX_CELLS + 1), column)
+    steps = np.round((even - column.low) / column.step + 0.5)
+    return np.unique(np.concatenate([np.clip(steps, 0, num_values), [1, num_values - 1]]))
 
 
 def _range(column: Column) -> tuple[float, float, float]:

@@ -183,6 +183,9 @@ def _bounds_problems(column: Column) -> list[str]:
         problems.append(f"minimum {column.minimum} is not below maximum {column.maximum}, or not finite")
     if column.decimals is not None and column.kind != "continuous":
         problems.append("decimals belong to kind 'continuous'")
+    elif column.step and any(round(bound, column.decimals or 0) != bound for bound in (low, high)):
+        digits = f"{column.decimals} decimals" if column.decimals else "none"
+        problems.append(f"minimum and maximum have more digits after the point than the column's values: {digits}")
     return problems + _grid_problems(column, low, high)
 
 

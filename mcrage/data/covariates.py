@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 
 _TAIL = 1.5
 _LIMIT = 10.0  # standard deviations; one outlier must not move a step by itself
+_AT_ONCE = 8192  # rows
 _RARE = 1e-3  # added to a variance: a tail that hardly anybody is in keeps a moderate weight
 
 VIEWS: tuple[Callable[[Floats, Floats], Floats], ...] = (
@@ -78,6 +79,10 @@ class Covariates:
     ) -> Float[Tensor, "rows num_covariates"]:
         """The covariates of encoded rows: of the values that they decode to, so that rounding is the same for all."""
         z, levels = numeric.double().numpy(), codes.numpy()
+        starts = range(0, max(len(z), 1), _AT_ONCE)  # several arrays of float64 are needed on the way
+        return torch.cat([self._of(z[start : start + _AT_ONCE], levels[start : start + _AT_ONCE]) for start in starts])
+
+    def _of(self, z: Floats, levels: NDArray[np.int64]) -> Float[Tensor, "rows num_covariates"]:
         parts: list[Floats] = []
         absent: list[NDArray[np.bool_]] = []
         for position, (coding, block) in enumerate(self._codings):

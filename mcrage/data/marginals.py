@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mcrage.data.coding import cell_edges, is_coded
+from mcrage.data.coding import cell_edges, has_cell_per_value, is_coded, spread
 from mcrage.data.groups import MINIMUM_CELL, level_codes, numbers
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import MessageError
@@ -92,7 +92,7 @@ def cell_codes(values: pd.Series, column: Column) -> NDArray[np.int64]:
     if is_coded(column):
         codes = np.round(present - column.low).astype(np.int64)
     else:
-        inside = np.searchsorted(cell_edges(column), present, side="right") - 1
+        inside = np.searchsorted(cell_edges(column), spread(present, column), side="right") - 1
         codes = np.clip(inside, 0, missing - 1)
     return np.where(np.isnan(floats), missing, codes)
 
@@ -107,10 +107,10 @@ def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:
 
     Cells of numbers and of ordered levels merge with their neighbours; levels without order with those nearest in size.
     Numbers are given equal shares, but the last cells of a number fall on from the cell before them: even shares up to
-    the bound would make a dozen admissions a year as common as three. A small level that had to be merged with a large
-    one is given half of ``minimum``, and the large one the rest: an equal share would call a rare finding a common
-    one. If the missing rows are too few to show, they join the largest run. A table with fewer rows than ``minimum``
-    gives zeros.
+    the bound would make a dozen admissions a year as common as three, and the cell of a bound alone is given nothing
+    unless it is large. What is small and had to be merged with a large cell is given half of ``minimum``, and the
+    large one the rest: equal shares would call a rare finding a common one. If the missing rows are too few to show,
+    they join the largest run. A table with fewer rows than ``minimum`` gives zeros.
     """
     present, missing = cells[:-1], float(cells[-1])
     has_order = column.is_numeric or column.kind == "ordinal"
@@ -126,8 +126,9 @@ def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:
         if is_coded(column):
             merged[run] = _shared(rows, present[run] < minimum, minimum)
         else:
-            is_tail = len(present) - 1 in run and run[0] > 0
-            merged[run] = _falling(rows, len(run), merged[run[0] - 1] if is_tail else 0.0)
+            open_, is_tail = _open_cells(run, present, column, minimum), len(present) - 1 in run
+            before = merged[open_[0] - 1] if is_tail and open_[0] else 0.0
+            merged[open_] = _dealt(rows, present[open_] >= minimum, minimum, before=before)
     merged[-1] = missing
     return merged
 
@@ -141,10 +142,36 @@ def _shared(rows: float, small: NDArray[np.bool_], minimum: int) -> Floats:
     return np.where(small, little, left / (~small).sum())
 
 
+def _open_cells(run: NDArray[np.int64], present: Floats, column: Column, minimum: int) -> NDArray[np.int64]:
+    """The cells of a number's run that its rows are shared out to: without those of a bound alone unless large."""
+    if has_cell_per_value(column):
+        return run
+    inner = (run > 0) & (run < len(present) - 1)
+    return run[inner | (present[run] >= minimum)] if inner.any() else run
+
+
+def _dealt(rows: float, is_large: NDArray[np.bool_], minimum: int, *, before: float) -> Floats:
+    """The rows of a number's run by cell: of the counts in it nothing enters but which cell is large, if one is.
+
+    Args:
+        rows: Rows of the run.
+        is_large: Whether a cell has at least ``minimum`` rows of its own; at most one does.
+        minimum: Fewest rows that may be told.
+        before: Released rows of the cell before the run if it is the last one, from which it falls on; else 0.
+    """
+    little, place = float(minimum // 2), int(np.argmax(is_large))
+    sides = (place, len(is_large) - place - 1)
+    left = rows - little * np.count_nonzero(sides)
+    if not is_large.any() or left < minimum:
+        return _falling(rows, len(is_large), before)
+    # cells follow a large one in the same run only at the end of the column
+    return np.concatenate([_falling(little, sides[0], 0.0), [left], _falling(little, sides[1], left)])
+
+
 def _falling(rows: float, cells: int, before: float) -> Floats:
     """The rows of a number's run: a geometric fall from the released rows of the cell before it, else equal shares."""
     if not rows < before * cells:
-        return np.full(cells, rows / cells)
+        return np.full(cells, rows / max(cells, 1))
     powers = np.arange(1, cells + 1)
     low, high = 0.0, 1.0
     for _ in range(50):

@@ -133,3 +133,52 @@ def test_how_a_tail_falls_depends_on_released_numbers_alone() -> None:
     assert released[0][3:].sum() + released[0][2] == pytest.approx(released[1][3:].sum() + released[1][2])
     assert (np.diff(released[0][2:-1]) <= 0).all()
     assert (np.diff(released[1][2:-1]) <= 0).all()
+
+
+FINE = [
+    Column(name="x", kind="continuous", minimum=0, maximum=10),
+    Column(name="x", kind="integer", minimum=0, maximum=90_000, scale="log"),
+    Column(name="x", kind="integer", minimum=0, maximum=60),
+]
+
+
+@pytest.mark.parametrize("column", FINE, ids=["unrounded", "fine", "a cell per value"])
+def test_a_large_bound_keeps_its_rows_beside_cells_that_hardly_anybody_is_in(column: Column) -> None:
+    for bound in (0, -2):  # the first cell, and the last before that of the missing rows
+        cells = np.zeros(num_cells(column) + 1)
+        cells[20:23] = 100
+        cells[[5, -8]] = 4
+        cells[bound] = 300
+        merged = merge_small_cells(cells, column, 11)
+        assert abs(merged[bound] - 300) <= 10
+        assert merged.sum() == pytest.approx(cells.sum())
+
+
+def test_the_cell_of_a_bound_alone_is_released_as_empty_when_it_is_small() -> None:
+    cells = np.zeros(num_cells(FINE[0]) + 1)
+    cells[[0, -2]] = 4
+    cells[[3, -6]] = 12
+    merged = merge_small_cells(cells, FINE[0], 11)
+    assert merged[0] == merged[-2] == 0
+    assert merged.sum() == pytest.approx(32)
+
+
+@given(
+    small=st.integers(1, 10),
+    other=st.integers(1, 10),
+    large=st.integers(40, 400),
+    side=st.sampled_from(["before", "after"]),
+    column=st.sampled_from(FINE),
+)
+def test_how_many_rows_lie_beside_a_large_cell_cannot_be_told_from_the_release(
+    small: int, other: int, large: int, side: str, column: Column
+) -> None:
+    place = 9 if side == "before" else num_cells(column) - 3
+    released = []
+    for few in (small, other):
+        cells = np.zeros(num_cells(column) + 1)
+        cells[place - 2 if side == "before" else place + 1] = few
+        cells[place] = large - few
+        released.append(merge_small_cells(cells, column, 11))
+    assert released[0].tolist() == released[1].tolist()
+    assert released[0][place] == large - 5

@@ -104,6 +104,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "number as a date's bound": ({**DAY, "minimum": 0}, "dates need bounds"),
     "wrong date": ({**DAY, "maximum": "2030-02-30"}, "not dates written as YYYY-MM-DD"),
     "bad bounds of an ignored column": ({**DAY, "role": "ignored", "maximum": "soon"}, "not dates"),
+    "bounds between integers": ({**AGE, "minimum": 0.5}, "more digits after the point than the column's values: none"),
+    "bounds between decimals": ({**LAB, "maximum": 9.95}, "than the column's values: 1 decimals"),
     "decimals of an integer": ({**AGE, "decimals": 1}, "decimals belong to kind 'continuous'"),
     "bounds of a category": ({**SEX, "minimum": 0}, "kind 'categorical' has no minimum"),
     "scale of a category": ({**SEX, "scale": "log"}, "kind 'categorical' has no scale"),
