@@ -33,6 +33,7 @@ from mcrage.diffusion.network import ModelConfig, RowNetwork, check_parameters
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
+from mcrage.memory import require_memory
 from mcrage.progress import ProgressReport
 from mcrage.training.length import default_learning_rate, default_steps, opening
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
@@ -126,9 +127,11 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 
         Raises:
             DataError: If the table does not follow the schema; with every problem.
+            ConfigError: If the table has no rows, or the training would not fit into memory; with the estimate.
         """
         config = ModelConfig(width=self.width, depth=self.depth)
         check_table(table, schema)
+        require_memory(TableTransform(schema).layout, config, rows=len(table), batch_size=self.batch_size)
         self._build(schema, Marginals.of(table, schema), config)
         encoded = self.transform.encode(table, generator=rng.stream(self.random_state, "encode"))
         if not len(encoded):

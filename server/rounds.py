@@ -23,8 +23,10 @@ from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig
 from mcrage.data.groups import GroupCounts
 from mcrage.data.marginals import Marginals
+from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import CheckpointError, ConfigError, FederationError
+from mcrage.memory import require_memory
 from mcrage.messages import (
     EvaluateInstruction,
     Parameters,
@@ -184,6 +186,7 @@ class RoundLoop:
         """The state before the first round."""
         federation = self._config.federation
         size = ModelConfig(width=federation.width, depth=federation.depth)
+        require_memory(TableTransform(self._roster.schema).layout, size, rows=0, batch_size=federation.batch_size)
         model = CDDPM.initialised(
             self._roster.schema, self._roster.marginals, config=size, random_state=federation.seed
         )

@@ -351,3 +351,13 @@ def test_the_average_warms_up_and_stays_float32() -> None:
     np.testing.assert_allclose(first, 1 - 2 / 11, rtol=1e-6)
     np.testing.assert_allclose(late, 0.1, rtol=1e-5)
     np.testing.assert_array_equal(moved_average(start, step, decay=0.0, server_round=5)["w"], step["w"])
+
+
+def test_a_federation_that_would_not_fit_is_refused_before_the_first_round(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcrage.memory.free_bytes", lambda: 1000)
+    seen: list[RoundRecord] = []
+    with pytest.raises(ConfigError, match=r"^training needs about 0\.1 GB and 0\.0 GB are free"):
+        run(tiny_config(), progress=seen.append)
+    assert seen == []

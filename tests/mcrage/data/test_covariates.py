@@ -83,3 +83,12 @@ def test_the_draw_within_the_rounding_interval_changes_nothing(transform: TableT
 def test_without_histograms_the_bounds_standardise() -> None:
     found = covariates(make_table(100), TableTransform(SCHEMA))
     assert torch.isfinite(found).all()
+
+
+def test_a_large_table_in_parts_has_the_covariates_of_the_whole(
+    transform: TableTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = covariates(make_table(100), transform)
+    monkeypatch.setattr("mcrage.data.covariates._AT_ONCE", 7)
+    assert torch.equal(covariates(make_table(100), transform), whole)
+    assert covariates(make_table(0), transform).shape == (0, 6)
