@@ -240,6 +240,12 @@ class TableTransform:
         parts = [_prior(block, self.marginals) for block in self.blocks]
         return torch.from_numpy(np.log(np.concatenate([np.zeros(0), *parts]))).float()
 
+    def released_rows(self) -> int:
+        """Rows that the histograms count; 0 where there are none."""
+        if self.marginals is None:
+            return 0
+        return int(max(self.marginals[column.name].sum() for column in self.schema.modelled))
+
     def label_log_odds(self) -> float:
         """Log odds of the label's second level over all rows, from the histograms; 0 where there are none."""
         rows = np.zeros(2) if self.marginals is None else self.marginals[self.schema.target.name][:2]

@@ -15,6 +15,8 @@ from mcrage.diffusion.tabular import DiffusionConfig
 from mcrage.errors import ConfigError, MessageError
 
 _LARGEST_WEIGHT = 1e3
+_LABEL_UNITS = 32
+_ROWS_FOR_INTERACTIONS = 30_000  # with fewer, a logistic model alone ranks new patients better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,13 @@ class RowNetwork(nn.Module):
         layout = transform.layout
         self.denoiser = MLPDenoiser(layout, width=width, depth=depth, generator=generator)
         self.label = (
-            LabelModel(layout, log_prior=transform.log_prior(), label_log_odds=transform.label_log_odds())
+            LabelModel(
+                layout,
+                log_prior=transform.log_prior(),
+                label_log_odds=transform.label_log_odds(),
+                hidden=_LABEL_UNITS if transform.released_rows() >= _ROWS_FOR_INTERACTIONS else 0,
+                generator=generator,
+            )
             if layout.has_target
             else None
         )

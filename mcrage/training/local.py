@@ -29,6 +29,7 @@ class TrainingConfig:
         clip_norm: Largest norm of a step's gradient.
         label_learning_rate: Highest learning rate of the label model, by gradient descent with momentum: Adam's steps,
             scaled by what each site sees, would not meet where the gradients of all sites cancel.
+        interaction_learning_rate: Highest learning rate of AdamW for the label model's hidden layer, if it has one.
         proximal_mu: Weight of FedProx's pull towards the incoming parameters (Li et al., 2020, eq. 2).
         ema_decay: Decay of the averaged parameters in training without a federation.
     """
@@ -40,6 +41,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     label_learning_rate: float = 2e-3
+    interaction_learning_rate: float = 1e-3
     proximal_mu: float = 0.0
     ema_decay: float = 0.995
 
@@ -102,10 +104,15 @@ def train_steps(
         generator: Draws batches, times, noise and open conditions.
     """
     denoiser = _Flat(network.denoiser)
-    label = None if network.label is None else _Flat(network.label)
-    parts = [part for part in (denoiser, label) if part is not None]
+    optimisers = [(_adam(denoiser, config), config.learning_rate)]
+    parts = [denoiser]
+    if network.label is not None:
+        parts.append(_Flat(network.label.weights))
+        optimisers.append(_descent(parts[-1], config))
+        if network.label.interactions is not None:
+            parts.append(_Flat(network.label.interactions))
+            optimisers.append((_adam(parts[-1], config), config.interaction_learning_rate))
     anchors = [part.values.detach().clone() for part in parts] if config.proximal_mu else []
-    optimisers = _optimisers(denoiser, label, config)
     batches = _batches(len(table), config.batch_size, generator)
     for step in steps:
         for part in parts:
@@ -148,17 +155,17 @@ def _loss(
     return loss if network.label is None else loss + network.label.loss(batch).mean()
 
 
-def _optimisers(
-    denoiser: _Flat, label: _Flat | None, config: TrainingConfig
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """The optimiser of each part with its highest learning rate."""
-    adam = torch.optim.AdamW([denoiser.values], weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
-    optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, config.learning_rate)]
-    if label is not None:
-        # Standardised inputs have a curvature of at most their number: steps beyond its inverse may diverge.
-        highest = min(config.label_learning_rate, 1.0 / label.values.numel())
-        optimisers.append((torch.optim.SGD([label.values], lr=highest, momentum=0.9), highest))
-    return optimisers
+def _adam(part: _Flat, config: TrainingConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([part.values], weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def _descent(label: _Flat, config: TrainingConfig) -> tuple[torch.optim.Optimizer, float]:
+    """Gradient descent with momentum, and its highest learning rate.
+
+    Standardised inputs have a curvature of at most their number: steps beyond its inverse may diverge.
+    """
+    highest = min(config.label_learning_rate, 1.0 / label.values.numel())
+    return torch.optim.SGD([label.values], lr=highest, momentum=0.9), highest
 
 
 def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

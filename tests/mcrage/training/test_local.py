@@ -1,9 +1,11 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import EncodedTable, TableTransform
 from mcrage.diffusion.network import RowNetwork
@@ -137,3 +139,43 @@ def test_a_wide_table_does_not_make_the_label_model_diverge() -> None:
     list(train_steps(module, TabularDiffusion(transform.layout), rows, config=config, steps=range(400), generator=draw))
     assert module.label is not None
     assert float(module.label.loss(rows).mean().detach()) < 0.7
+
+
+CROSSED = TableSchema.parse(
+    {
+        "columns": [
+            {"name": "a", "kind": "boolean", "nullable": False},
+            {"name": "b", "kind": "boolean", "nullable": False},
+            {"name": "died", "kind": "boolean", "role": "target", "nullable": False},
+        ]
+    }
+)
+
+
+def crossed(rows: int) -> pd.DataFrame:
+    """The label is likely where just one of the two is true: no additive model can tell."""
+    draw = np.random.default_rng(0)
+    a, b = draw.random((2, rows)) < 0.5
+    died = draw.random(rows) < np.where(a != b, 0.8, 0.2)
+    return pd.DataFrame({n: pd.array(v, dtype="boolean") for n, v in (("a", a), ("b", b), ("died", died))})
+
+
+@pytest.mark.parametrize(("rows", "learns"), [(40_000, True), (20_000, False)])
+def test_the_label_of_many_rows_may_depend_on_two_columns_together(rows: int, learns: bool) -> None:
+    """With fewer rows the label model stays a logistic regression, which ranks new patients better then."""
+    people = crossed(rows)
+    transform = TableTransform(CROSSED, Marginals.of(people, CROSSED))
+    draw = torch.Generator().manual_seed(0)
+    module = RowNetwork(transform, width=8, depth=1, generator=draw)
+    encoded = transform.encode(people, generator=np.random.default_rng(0))
+    config = TrainingConfig(total_steps=600, batch_size=256)
+    list(
+        train_steps(
+            module, TabularDiffusion(transform.layout), encoded, config=config, steps=range(600), generator=draw
+        )
+    )
+    assert module.label is not None
+    odds = module.label(encoded.codes, encoded.covariates).detach()
+    alone = odds[encoded.codes[:, 0] != encoded.codes[:, 1]].mean() - odds.mean()
+    assert (float(alone) > 1.0) == learns
+    assert (float(alone) < 0.1) != learns
