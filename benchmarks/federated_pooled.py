@@ -74,8 +74,8 @@ def pooled(hospitals: Hospitals) -> Hospitals:
     """One hospital with the rows of all."""
     table = pd.concat(hospitals.tables.values(), ignore_index=True)
     site = hospitals.schema.site
-    assert site is not None
-    table[site.name] = pd.Series(["all"] * len(table), dtype=table[site.name].dtype)
+    if site is not None:
+        table[site.name] = pd.Series(["all"] * len(table), dtype=table[site.name].dtype)
     return Hospitals(hospitals.schema, {"all": table})
 
 

@@ -23,6 +23,7 @@ import torch
 
 from mcrage import CDDPM, TableSchema, rng
 from mcrage.evaluation import disclosure, fidelity
+from mcrage.training.length import default_batch_size
 from simulations.cohort import Cohort, CohortConfig
 from simulations.datasets import diabetes130, heart_disease
 
@@ -62,7 +63,7 @@ def models(
         return
     members, others, test = rows.iloc[:n], rows.iloc[n : 2 * n], rows.iloc[2 * n :]
     yield {"model": "real"} | quality(members, test, schema, seed)
-    batch_size = int(settings.get("batch_size", CDDPM().batch_size))
+    batch_size = int(settings.get("batch_size", default_batch_size(n)))
     lengths = [max(round(each * n / batch_size), 1) for each in passes] if passes else [None]
     for steps in lengths:
         started = time.process_time()

@@ -86,8 +86,8 @@ def training(table: pd.DataFrame, schema: TableSchema, *, steps: int, repeats: i
         longer = seconds(lambda: fit(FEW_STEPS + steps))
         steps_only.append(longer - seconds(lambda: fit(FEW_STEPS)))
         bare_only.append(seconds(bare))
-    name = f"training, {steps} steps of {model.batch_size} rows"
-    return line(name, steps * model.batch_size, steps_only, bare_only, memory)
+    name = f"training, {steps} steps of {model.batch_size_} rows"
+    return line(name, steps * model.batch_size_, steps_only, bare_only, memory)
 
 
 def sampling(model: CDDPM, *, rows: int, repeats: int) -> dict[str, object]:

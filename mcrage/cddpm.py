@@ -7,7 +7,6 @@ Example::
     model.save("model")
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -18,8 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
@@ -30,15 +27,17 @@ from mcrage.data.schema import TableSchema
 from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
 from mcrage.diffusion.calibration import calibrate, rows_per_round
 from mcrage.diffusion.network import ModelConfig, RowNetwork, check_parameters
+from mcrage.diffusion.quantiles import KNOTS, normalised
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
 from mcrage.errors import CheckpointError, ConfigError, MessageError, NotFittedError, SamplingError
 from mcrage.memory import require_memory
 from mcrage.progress import ProgressReport
-from mcrage.training.length import default_learning_rate, default_steps, opening
+from mcrage.storage import StoredModel
+from mcrage.training.length import default_batch_size, default_learning_rate, default_steps, opening
 from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
 
-FORMAT = 3
+FORMAT = 4
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
 _SAMPLE_ROWS = 1024  # what is computed of them fits a processor's cache
 
@@ -54,19 +53,20 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         depth: Hidden layers.
         steps: Training steps; by default (:func:`~mcrage.training.length.default_steps`) a number that grows with the
             table, because a long training memorises a small one.
-        batch_size: Rows per step.
+        batch_size: Rows per step; by default (:func:`~mcrage.training.length.default_batch_size`) more for a large
+            table.
         learning_rate: Highest learning rate; by default (:func:`~mcrage.training.length.default_learning_rate`) lower
             for a small table.
         guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
         sampling_steps: Steps of the sampler.
-        sampler: ``"dpm-solver"`` (few steps, some fresh noise) or ``"ancestral"`` (many steps, all fresh noise).
+        sampler: ``"dpm-solver"`` (few steps) or ``"ancestral"`` (many steps, with fresh noise).
         random_state: Seed of everything that is random.
         verbose: 0 is silent; 1 shows a progress bar, or lines where there is no terminal.
 
     Attributes:
         schema_: The data dictionary, once fitted.
         transform: The map between tables and tensors, once fitted.
-        steps_: Training steps of :meth:`fit`.
+        steps_, batch_size_: Training steps of :meth:`fit`, and rows per step.
         history_: Mean loss of each tenth of the training.
         repairs_: What the schema's rules did to the rows that were sampled last.
     """
@@ -77,10 +77,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         width: int = 192,
         depth: int = 3,
         steps: int | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         learning_rate: float | None = None,
         guidance: float = 0.0,
-        sampling_steps: int = 20,
+        sampling_steps: int = 10,
         sampler: str = "dpm-solver",
         random_state: int = 0,
         verbose: int = 0,
@@ -131,14 +131,15 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         """
         config = ModelConfig(width=self.width, depth=self.depth)
         check_table(table, schema)
-        require_memory(TableTransform(schema).layout, config, rows=len(table), batch_size=self.batch_size)
+        self.batch_size_ = batch_size = self.batch_size or default_batch_size(len(table))
+        require_memory(TableTransform(schema).layout, config, rows=len(table), batch_size=batch_size)
         self._build(schema, Marginals.of(table, schema), config)
         encoded = self.transform.encode(table, generator=rng.stream(self.random_state, "encode"))
         if not len(encoded):
             raise ConfigError("the table has no rows; at least one is needed to train")
-        self.steps_ = steps = self.steps or default_steps(len(encoded), self.batch_size)
+        self.steps_ = steps = self.steps or default_steps(len(encoded), batch_size)
         rate = self.learning_rate or default_learning_rate(len(encoded))
-        training = TrainingConfig(total_steps=steps, batch_size=self.batch_size, learning_rate=rate)
+        training = TrainingConfig(total_steps=steps, batch_size=batch_size, learning_rate=rate)
         average = Averaged(self._network, training.ema_decay)
         losses: list[float] = []
         every = max(steps // 10, 1)
@@ -156,7 +157,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 losses.append(loss)
                 progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
         average.copy_to(self._network)
-        self.calibrate(steps * self.batch_size)
+        self.calibrate(steps * batch_size)
         self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
         return self
 
@@ -258,7 +259,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         return LocalUpdate(self.parameters(), float(np.mean(losses)))
 
     def calibrate(self, trained_rows: int) -> None:
-        """Brings the shares of levels to the released ones, in place; without histograms it does nothing.
+        """Brings levels and numbers to the released histograms, in place; without histograms it does nothing.
 
         Args:
             trained_rows: Rows that all training steps saw together; after a short training it does nothing either.
@@ -267,10 +268,11 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         rows = rows_per_round(trained_rows)
         if rows and self.transform.marginals is not None:
             anything = self.transform.constrain(rows, None)
-            calibrate(
+            self._quantiles: Tensor | None = None
+            self._quantiles = calibrate(
                 self._network.denoiser,
                 self._diffusion,
-                lambda generator: torch.cat([levels for _, _, levels in self._solve(anything, generator)]),
+                lambda generator: [(z, levels) for _, z, levels in self._solve(anything, generator)],
                 generator=rng.torch_stream(self.random_state, "calibrate"),
             )
 
@@ -327,12 +329,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors`` and ``model.json``; no pickle."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.parameters(), folder / "model.safetensors")
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        content = {"description": json.loads(self.describe()), "settings": self.get_params(), "sha256": digest}
-        (folder / "model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        quantiles = {} if self._quantiles is None else {"quantiles": self._quantiles.numpy()}
+        StoredModel(self.describe(), self.get_params(), self.parameters(), quantiles).write(Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> "CDDPM":
@@ -341,19 +339,17 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         Raises:
             CheckpointError: If a file is missing, damaged or not of this format.
         """
-        folder = Path(directory)
+        stored = StoredModel.read(Path(directory))
         try:
-            content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-            weights = (folder / "model.safetensors").read_bytes()
-            if hashlib.sha256(weights).hexdigest() != content["sha256"]:
-                raise CheckpointError(f"{folder}: model.safetensors does not have the checksum that model.json gives")
-            model = cls.from_description(json.dumps(content["description"]))
-            model.set_params(**content["settings"])
-            model.load_parameters(load_file(folder / "model.safetensors"))
-        except OSError as error:
-            raise CheckpointError(f"{folder}: {error.strerror or error}") from None
-        except (KeyError, ValueError, MessageError, SafetensorError) as error:
-            raise CheckpointError(f"{folder}: not a model of this version ({type(error).__name__})") from None
+            model = cls.from_description(stored.description)
+            model.set_params(**stored.settings)
+            model.load_parameters(stored.parameters)
+            for quantiles in stored.calibration.values():
+                expected = {"quantiles": (model.transform.layout.num_numeric, len(KNOTS))}
+                check_parameters({"quantiles": quantiles}, expected)
+                model._quantiles = torch.from_numpy(quantiles)
+        except (ValueError, MessageError) as error:
+            raise CheckpointError(f"{directory}: not a model of this version ({type(error).__name__})") from None
         return model
 
     def _draw(self, asked: Constraint, generator: torch.Generator) -> pd.DataFrame:
@@ -364,7 +360,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         ]
         return pd.concat(parts, ignore_index=True)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _solve(self, asked: Constraint, generator: torch.Generator) -> Iterator[tuple[Constraint, Tensor, Tensor]]:
         """Encoded rows under a constraint, a part of them at a time, which bounds the memory."""
         solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
@@ -374,7 +370,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
             )
             rows = part.attributes.shape[0]
-            yield part, *solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+            z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+            if self._quantiles is not None:
+                z = normalised(z, self._quantiles, part.low.isinf() & part.high.isinf())
+            yield part, z, levels
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""
@@ -391,6 +390,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         layout = self.transform.layout
         self._diffusion = TabularDiffusion(layout, log_prior=self.transform.log_prior(), config=config.diffusion)
         generator = rng.torch_stream(self.random_state, "initialise")
+        self._quantiles = None
         self._network = RowNetwork(self.transform, width=config.width, depth=config.depth, generator=generator)
 
     def _require_fitted(self) -> None:

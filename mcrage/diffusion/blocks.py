@@ -50,11 +50,11 @@ class Blocks:
         return values.index_select(1, self.of_level)
 
     def powers(self, logits: Float[Tensor, "rows levels"]) -> Float[Tensor, "rows levels"]:
-        """Exponentials of bounded logits, in place of the logits: pass a tensor that is not needed any more."""
-        return logits.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT).exp_()
+        """Exponentials of bounded logits."""
+        return logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp_()
 
     def softmax(self, logits: Float[Tensor, "rows levels"]) -> Float[Tensor, "rows levels"]:
-        """Probabilities within each block, in place of the logits: pass a tensor that is not needed any more."""
+        """Probabilities within each block."""
         powers = self.powers(logits)
         return powers.mul_(self.spread(self.sums(powers).reciprocal_()))
 

@@ -54,13 +54,13 @@ class MLPDenoiser(nn.Module):
         waves = 2 * len(_WAVES) * layout.num_numeric
         self.inputs = nn.Linear(layout.width + waves + sum(self._sizes), width)
         self.time = nn.Linear(2 * _FREQUENCIES, _TIME_WIDTH)
-        self.shifts = nn.ModuleList(nn.Linear(_TIME_WIDTH, width) for _ in range(depth))
+        self.shifts = nn.Linear(_TIME_WIDTH, depth * width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outputs = nn.Linear(width, layout.width)
         self._waves = torch.tensor(_WAVES)
         self._frequencies = math.pi * 2.0 ** torch.arange(_FREQUENCIES).div(2.5)
         _initialise(self, generator)
-        for last in (self.outputs, *self.shifts):
+        for last in (self.outputs, self.shifts):
             nn.init.zeros_(last.weight)
 
     def forward(
@@ -75,8 +75,9 @@ class MLPDenoiser(nn.Module):
         waves = (noisy[:, : self.num_numeric, None] * self._waves).flatten(1)
         given = one_hot(attributes.index_select(1, self._free), self._sizes)
         hidden = self.inputs(torch.cat([noisy, waves.sin(), waves.cos(), given], dim=1))
-        for layer, shift in zip(self.layers, self.shifts, strict=True):
-            hidden = hidden + layer(nn.functional.silu(hidden + shift(when)))
+        shifts = self.shifts(when).chunk(len(self.layers), dim=1)
+        for layer, shift in zip(self.layers, shifts, strict=True):
+            hidden = hidden + layer(nn.functional.silu(hidden + shift))
         output: Tensor = self.outputs(nn.functional.silu(hidden))
         return output
 

@@ -15,7 +15,6 @@ from mcrage.diffusion.blocks import one_hot
 from mcrage.diffusion.denoiser import Denoiser
 from mcrage.diffusion.tabular import TabularDiffusion
 
-_FRESH = 0.25
 _LAST = 0.05  # time of the last estimate
 
 Estimate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -50,11 +49,7 @@ def guided_estimate(
 def dpm_solver(
     estimate: Estimate, diffusion: TabularDiffusion, *, rows: int, steps: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "rows num_numeric"], Int[Tensor, "rows num_blocks"]]:
-    """SDE-DPM-Solver++(2M) (Lu et al., 2022): second order, with a little fresh noise at each step.
-
-    The noise undoes part of what earlier estimates got wrong (Karras et al., 2022, section 4). ``_FRESH`` is the eta of
-    k-diffusion: 0 would be the deterministic solver, 1 the full stochastic one, which takes more steps.
-    """
+    """DPM-Solver++(2M) (Lu et al., 2022): second order, no fresh noise after the first."""
     times, signal, noise = _path(diffusion, steps)
     log_ratio = torch.log(signal / noise)
     row = torch.randn(rows, diffusion.layout.width, generator=generator)
@@ -68,10 +63,8 @@ def dpm_solver(
         if here:
             weight = 0.5 * gap / (log_ratio[here] - log_ratio[here - 1])
             direction = torch.lerp(previous, clean, 1 + weight)
-        row.mul_(noise[here + 1] / noise[here] * torch.exp(-_FRESH * gap))
-        row.sub_(direction, alpha=float(signal[here + 1] * torch.expm1(-(1 + _FRESH) * gap)))
-        fresh = float(noise[here + 1] * (-torch.expm1(-2 * _FRESH * gap)).sqrt())
-        row.add_(torch.randn(row.shape, generator=generator), alpha=fresh)
+        row.mul_(noise[here + 1] / noise[here])
+        row.sub_(direction, alpha=float(signal[here + 1] * torch.expm1(-gap)))
         previous = clean
     return numeric, diffusion.blocks.draw(probabilities, generator)
 

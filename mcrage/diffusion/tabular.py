@@ -81,7 +81,7 @@ class TabularDiffusion:
         scales[self._may_miss] = self.config.missing_scale
         self._scale_of_block = scales
         self._scale = scales[self.blocks.of_level]
-        share = self.blocks.softmax(self.log_prior[None].clone())[0]
+        share = self.blocks.softmax(self.log_prior[None])[0]
         self._per_spread = _LEVEL_SPREAD * (share * (1 - share) + _RARE).rsqrt()
         self._centre = share * self._per_spread
 
@@ -122,7 +122,7 @@ class TabularDiffusion:
         evidence = self._evidence(noisy, time, attributes)
         output = denoiser(self._network_input(noisy, evidence), time, attributes)
         velocity = signal * noise[:, :split] - sigma * numeric
-        present = self._present(batch.codes)
+        present = self.present(batch.codes)
         loss: Tensor = _RowLoss.apply(output, evidence, velocity, present, places, self)  # type: ignore[no-untyped-call]
         return loss
 
@@ -162,13 +162,16 @@ class TabularDiffusion:
         self, numeric: Float[Tensor, "batch num_numeric"], probabilities: Float[Tensor, "batch levels"]
     ) -> Float[Tensor, "batch width"]:
         """The diffused row that an estimate stands for: a number that may be missing counts for less by as much."""
-        row = torch.cat([numeric, probabilities * self._scale], dim=1)
+        split = self.layout.num_numeric
+        row = torch.empty(len(numeric), self.layout.width)
+        row[:, :split] = numeric
+        torch.mul(probabilities, self._scale, out=row[:, split:])
         if len(self._may_miss):
             missing = probabilities[:, self.blocks.starts[self._may_miss] + 1]
-            row[:, : self.layout.num_numeric][:, self._can_miss] *= 1.0 - missing
+            row[:, :split][:, self._can_miss] *= 1.0 - missing
         return row
 
-    def _present(self, codes: Int[Tensor, "batch num_blocks"]) -> Float[Tensor, "batch num_numeric"]:
+    def present(self, codes: Int[Tensor, "batch num_blocks"]) -> Float[Tensor, "batch num_numeric"]:
         """1 where a number is there, 0 where it is missing."""
         present = torch.ones(len(codes), self.layout.num_numeric)
         if len(self._may_miss):
@@ -211,8 +214,10 @@ class TabularDiffusion:
 
         Levels are standardised, so that a rare one is not a faint one.
         """
-        levels = self.blocks.softmax(evidence.clone()).mul_(self._per_spread).sub_(self._centre)
-        return torch.cat([noisy[:, : self.layout.num_numeric], levels], dim=1)
+        split, seen = self.layout.num_numeric, torch.empty(len(evidence), self.layout.width)
+        seen[:, :split] = noisy[:, :split]
+        torch.mul(self.blocks.softmax(evidence), self._per_spread, out=seen[:, split:]).sub_(self._centre)
+        return seen
 
 
 class _RowLoss(torch.autograd.Function):

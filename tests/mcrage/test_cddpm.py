@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import ModelConfig, check_parameters
 from mcrage.errors import CheckpointError, ConfigError, DataError, MessageError, NotFittedError, SamplingError
-from mcrage.training.length import default_steps
+from mcrage.storage import StoredModel
+from mcrage.training.length import default_batch_size, default_steps
 from mcrage.training.local import TrainingConfig
 
 SCHEMA = TableSchema.parse(
@@ -131,6 +133,30 @@ def test_a_saved_model_samples_the_same_rows(fitted: CDDPM, tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def calibrated() -> CDDPM:
+    return CDDPM(width=16, depth=1, steps=820, batch_size=512).fit(TRAINED, SCHEMA)
+
+
+def test_what_was_measured_after_the_training_is_saved_with_the_model(calibrated: CDDPM, tmp_path: Path) -> None:
+    calibrated.save(tmp_path)
+    rows = CDDPM.load(tmp_path).sample(500)
+    pd.testing.assert_frame_equal(rows, calibrated.sample(500))
+    without = CDDPM.from_description(calibrated.describe())
+    without.load_parameters(calibrated.parameters())
+    assert not rows["lab"].equals(without.sample(500)["lab"]), "the check must be able to fail"
+    stored = StoredModel.read(tmp_path)
+    cut = {name: array[:, :-1].copy() for name, array in stored.calibration.items()}
+    replace(stored, calibration=cut).write(tmp_path)
+    with pytest.raises(CheckpointError, match="not a model of this version"):
+        CDDPM.load(tmp_path)
+
+
+def test_numbers_that_were_asked_for_stay_in_their_bin_after_calibration(calibrated: CDDPM) -> None:
+    assert calibrated.sample(500, {"age": 30})["age"].max() < 50
+    assert calibrated.sample(500, {"age": 60})["age"].min() >= 50
+
+
 def test_a_damaged_model_is_refused(fitted: CDDPM, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         CDDPM.load(tmp_path)
@@ -220,7 +246,7 @@ def test_progress_is_silent_by_default_and_shows_the_loss_when_asked(capsys: pyt
 
 def test_the_default_length_is_said_before_the_training_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     model = CDDPM(width=8, depth=1, verbose=1).fit(make_table(50), SCHEMA)
-    assert model.steps_ == default_steps(50)
+    assert model.steps_ == default_steps(50, default_batch_size(50))
     assert capsys.readouterr().err.startswith(f"training {model.steps_} steps (the default for 50 rows; steps changes")
     assert CDDPM(width=8, depth=1, steps=3).fit(make_table(50), SCHEMA).steps_ == 3
 

@@ -17,7 +17,7 @@ def train(task: Task) -> tuple[Sampler, int | None]:
     def sample(rows: int) -> pd.DataFrame:
         return exported(model.sample(rows), schema)
 
-    return sample, (task.steps or 0) * model.batch_size
+    return sample, (task.steps or 0) * model.batch_size_
 
 
 if __name__ == "__main__":

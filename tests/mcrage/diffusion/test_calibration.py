@@ -20,7 +20,9 @@ def biased_model() -> tuple[MLPDenoiser, TabularDiffusion]:
     return denoiser, TabularDiffusion(LAYOUT, log_prior=SHARES.log())
 
 
-def drawn(denoiser: MLPDenoiser, diffusion: TabularDiffusion, generator: torch.Generator) -> torch.Tensor:
+def drawn(
+    denoiser: MLPDenoiser, diffusion: TabularDiffusion, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     anything = Constraint(
         attributes=torch.zeros(ROWS, 0, dtype=torch.int64),
         codes=torch.full((ROWS, 2), -1),
@@ -29,11 +31,12 @@ def drawn(denoiser: MLPDenoiser, diffusion: TabularDiffusion, generator: torch.G
     )
     estimate = guided_estimate(denoiser, diffusion, anything, guidance=0.0, numeric_limit=6.0)
     with torch.no_grad():
-        return dpm_solver(estimate, diffusion, rows=ROWS, steps=12, generator=generator)[1]
+        return dpm_solver(estimate, diffusion, rows=ROWS, steps=12, generator=generator)
 
 
 def error(denoiser: MLPDenoiser, diffusion: TabularDiffusion) -> float:
-    shares = one_hot(drawn(denoiser, diffusion, torch.Generator().manual_seed(9)), LAYOUT.block_sizes).mean(0)
+    _, levels = drawn(denoiser, diffusion, torch.Generator().manual_seed(9))
+    shares = one_hot(levels, LAYOUT.block_sizes).mean(0)
     return float((shares - SHARES).abs().max())
 
 
@@ -43,7 +46,7 @@ def test_levels_that_were_too_rare_come_out_at_their_released_share() -> None:
     calibrate(
         denoiser,
         diffusion,
-        lambda generator: drawn(denoiser, diffusion, generator),
+        lambda generator: [drawn(denoiser, diffusion, generator)],
         generator=torch.Generator().manual_seed(0),
     )
     # a share of .7 has a standard error of .006 in the rows that it is measured on, as much again in each round
@@ -56,7 +59,7 @@ def test_only_the_biases_of_levels_move() -> None:
     calibrate(
         denoiser,
         diffusion,
-        lambda generator: drawn(denoiser, diffusion, generator),
+        lambda generator: [drawn(denoiser, diffusion, generator)],
         generator=torch.Generator().manual_seed(0),
     )
     moved = [name for name, value in denoiser.named_parameters() if not torch.equal(value, before[name])]

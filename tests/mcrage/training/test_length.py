@@ -1,6 +1,6 @@
 import pytest
 
-from mcrage.training.length import PASSES, default_learning_rate, default_steps, opening
+from mcrage.training.length import PASSES, default_batch_size, default_learning_rate, default_steps, opening
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(30_000, 256), (60_000, 256), (120_000, 512)])
@@ -9,7 +9,12 @@ def test_large_tables_are_passed_equally_often(rows: int, batch_size: int) -> No
 
 
 def test_small_tables_are_passed_more_often_by_smaller_steps() -> None:
-    assert [default_steps(rows) for rows in (10, 1000, 4000, 1_000_000)] == [60, 195, 390, 4000]
+    assert [default_steps(rows, default_batch_size(rows)) for rows in (10, 1000, 4000, 1_000_000)] == [
+        60,
+        195,
+        390,
+        4000,
+    ]
     rates = [default_learning_rate(rows) for rows in (10, 1000, 4000, 25_000, 1_000_000)]
     assert rates == pytest.approx([1e-3, 1e-3, 2e-3, 5e-3, 5e-3])
 
