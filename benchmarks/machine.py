@@ -11,6 +11,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+NO_BF16 = "none in hardware"
+"""What stands for bfloat16 instructions where there are none."""
+
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -24,7 +27,7 @@ def describe() -> dict[str, str]:
     flags = cpu.get("flags", "").split()
     return {
         "processor": cpu.get("model name") or platform.processor() or platform.machine(),
-        "bf16": ", ".join(flag for flag in _FAST_BF16 if flag in flags) or "none in hardware",
+        "bf16": ", ".join(flag for flag in _FAST_BF16 if flag in flags) or NO_BF16,
         "cores": str(os.cpu_count()),
         "python": ".".join(map(str, sys.version_info[:3])),
     } | {name: version(name) for name in _PACKAGES}

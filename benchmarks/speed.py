@@ -1,12 +1,13 @@
 """Speed of the generator with default settings, as a share of what its matrix products alone would allow.
 
-    python -m benchmarks.speed [--repeats 5] [--steps 100] [--rows 8192] [--sample-rows 4096]
+    python -m benchmarks.speed [--repeats 5] [--steps 100] [--rows 20480] [--sample-rows 4096]
 
-The table has the columns of diabetes-130: its first rows where MCRAGE_DATA names the folder of data sets, else
-simulated ones. The bare loop does every product of the same linear layers, in the same shapes and dtype, with nothing
-in between: ``out = x wᵀ``, and in training the gradients of inputs (where one is needed) and weights. Times are CPU
-seconds of one thread, medians of repeats in which both take turns; a step is what a longer training takes beyond a
-shorter one. Memory is what the whole training or sampling adds at its peak.
+In float32, and in bfloat16 where the processor has instructions for it. The table has the columns of diabetes-130:
+its first rows where MCRAGE_DATA names the folder of data sets, else simulated ones. The bare loop does every product
+of the same linear layers, in the same shapes and dtype, with nothing in between: ``out = x wᵀ``, and in training the
+gradients of inputs (where one is needed) and weights. Times are CPU seconds of one thread, medians of repeats in
+which both take turns; a step is what a longer training takes beyond a shorter one. Memory is what the whole training
+or sampling adds at its peak.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.generator import tables
-from benchmarks.machine import added_memory_mb, cpu_seconds, described, markdown
+from benchmarks.machine import NO_BF16, added_memory_mb, cpu_seconds, describe, described, markdown
 from mcrage import CDDPM, TableSchema, rng
 from mcrage.data.schema import Column
 from simulations.datasets import diabetes130
@@ -57,22 +58,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=20_480)
     parser.add_argument("--sample-rows", type=int, default=4096)
     options = parser.parse_args()
     torch.set_num_threads(1)
     table, schema, origin = table_of(options.rows)
-    lines = [training(table, schema, steps=options.steps, repeats=options.repeats)]
-    model = CDDPM(steps=FEW_STEPS).fit(table, schema)
-    lines.append(sampling(model, rows=options.sample_rows, repeats=options.repeats))
+    lines = []
+    for precision in ("float32", *(() if describe()["bf16"] == NO_BF16 else ("bfloat16",))):
+        lines.append(training(table, schema, precision, steps=options.steps, repeats=options.repeats))
+        model = CDDPM(steps=FEW_STEPS, precision=precision).fit(table, schema)
+        lines.append(sampling(model, rows=options.sample_rows, repeats=options.repeats))
     print(f"{described()}; one thread, medians of {options.repeats}, {origin}\n\n{markdown(lines)}")
 
 
-def training(table: pd.DataFrame, schema: TableSchema, *, steps: int, repeats: int) -> dict[str, object]:
+def training(
+    table: pd.DataFrame, schema: TableSchema, precision: str, *, steps: int, repeats: int
+) -> dict[str, object]:
     """The table's line about training steps."""
 
     def fit(number: int) -> CDDPM:
-        return CDDPM(steps=number).fit(table, schema)
+        return CDDPM(steps=number, precision=precision).fit(table, schema)
 
     with recorded() as products:
         model, memory = added_memory_mb(lambda: fit(steps))
@@ -86,7 +91,7 @@ def training(table: pd.DataFrame, schema: TableSchema, *, steps: int, repeats: i
         longer = seconds(lambda: fit(FEW_STEPS + steps))
         steps_only.append(longer - seconds(lambda: fit(FEW_STEPS)))
         bare_only.append(seconds(bare))
-    name = f"training, {steps} steps of {model.batch_size_} rows"
+    name = f"training in {precision}, {steps} steps of {model.batch_size_} rows"
     return line(name, steps * model.batch_size_, steps_only, bare_only, memory)
 
 
@@ -99,7 +104,9 @@ def sampling(model: CDDPM, *, rows: int, repeats: int) -> dict[str, object]:
     for _ in range(repeats):
         whole.append(seconds(lambda: model.sample(rows)))
         bare_only.append(seconds(bare))
-    return line(f"sampling {rows} rows, {model.sampling_steps} steps", rows, whole, bare_only, memory)
+    return line(
+        f"sampling {rows} rows in {model.precision}, {model.sampling_steps} steps", rows, whole, bare_only, memory
+    )
 
 
 def line(name: str, rows: int, ours: list[float], bare: list[float], memory: float | None) -> dict[str, object]:

@@ -25,10 +25,8 @@ Drawn = list[tuple[Float[Tensor, "rows num_numeric"], Int[Tensor, "rows num_bloc
 
 _RATES = (0.5, 0.33, 0.25, 0.2)
 _PRIOR_ROWS = 10.0  # added to both counts: a level that was hardly ever generated is not moved far
-_MOST_ROWS, _LEAST_ROWS = 6144, 2048
-_ROWS_PER_ROW = (
-    200  # a generated row costs as much as some five trained ones: the whole stays below a tenth of training
-)
+_MOST_ROWS, _LEAST_ROWS = 20_480, 2048
+_ROWS_PER_ROW = 200  # a generated row costs as much as some four trained ones: the whole is a twelfth of training
 
 
 def rows_per_round(trained_rows: int) -> int:

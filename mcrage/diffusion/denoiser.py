@@ -37,7 +37,8 @@ class MLPDenoiser(nn.Module):
     Attributes that a block of the row shows come in with it, as levels without noise; others are inputs of their own.
 
     All layers are linear with biases, so that gradients per patient are cheap and every parameter is float32; there
-    is no layer with running statistics. The output is linear: no value is out of reach.
+    is no layer with running statistics. The output is linear: no value is out of reach. Where ``in_bfloat16`` is set,
+    matrix products are bfloat16.
 
     Args:
         layout: Widths of the encoded row.
@@ -48,6 +49,7 @@ class MLPDenoiser(nn.Module):
 
     def __init__(self, layout: Layout, *, width: int, depth: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.in_bfloat16 = False
         self.num_numeric = layout.num_numeric
         self._free = torch.tensor(layout.free_attributes, dtype=torch.int64)
         self._sizes = [layout.attribute_sizes[place] for place in layout.free_attributes]
@@ -70,6 +72,10 @@ class MLPDenoiser(nn.Module):
         attributes: Int[Tensor, "batch num_attributes"],
     ) -> Float[Tensor, "batch width"]:
         """The guess; see the module."""
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            return self._guess(noisy, time, attributes).float()
+
+    def _guess(self, noisy: Tensor, time: Tensor, attributes: Tensor) -> Tensor:
         angles = time[:, None] * self._frequencies
         when = nn.functional.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)))
         waves = (noisy[:, : self.num_numeric, None] * self._waves).flatten(1)

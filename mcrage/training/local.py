@@ -29,7 +29,8 @@ class TrainingConfig:
         clip_norm: Largest norm of a step's gradient.
         label_learning_rate: Highest learning rate of the label model, by gradient descent with momentum: Adam's steps,
             scaled by what each site sees, would not meet where the gradients of all sites cancel.
-        interaction_learning_rate: Highest learning rate of AdamW for the label model's hidden layer, if it has one.
+        interaction_learning_rate, interaction_decay: Highest learning rate and weight decay of AdamW for the label
+            model's hidden layer, if it has one.
         proximal_mu: Weight of FedProx's pull towards the incoming parameters (Li et al., 2020, eq. 2).
         ema_decay: Decay of the averaged parameters in training without a federation.
     """
@@ -42,6 +43,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     label_learning_rate: float = 2e-3
     interaction_learning_rate: float = 1e-3
+    interaction_decay: float = 1.0
     proximal_mu: float = 0.0
     ema_decay: float = 0.995
 
@@ -104,14 +106,14 @@ def train_steps(
         generator: Draws batches, times, noise and open conditions.
     """
     denoiser = _Flat(network.denoiser)
-    optimisers = [(_adam(denoiser, config), config.learning_rate)]
+    optimisers = [(_adam(denoiser, config.weight_decay), config.learning_rate)]
     parts = [denoiser]
     if network.label is not None:
         parts.append(_Flat(network.label.weights))
         optimisers.append(_descent(parts[-1], config))
         if network.label.interactions is not None:
             parts.append(_Flat(network.label.interactions))
-            optimisers.append((_adam(parts[-1], config), config.interaction_learning_rate))
+            optimisers.append((_adam(parts[-1], config.interaction_decay), config.interaction_learning_rate))
     anchors = [part.values.detach().clone() for part in parts] if config.proximal_mu else []
     batches = _batches(len(table), config.batch_size, generator)
     for step in steps:
@@ -155,8 +157,8 @@ def _loss(
     return loss if network.label is None else loss + network.label.loss(batch).mean()
 
 
-def _adam(part: _Flat, config: TrainingConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([part.values], weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
+def _adam(part: _Flat, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([part.values], weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
 
 
 def _descent(label: _Flat, config: TrainingConfig) -> tuple[torch.optim.Optimizer, float]:

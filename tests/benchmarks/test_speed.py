@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import speed
+from benchmarks.machine import NO_BF16, describe
 from mcrage import CDDPM
 from simulations.datasets import diabetes130
 
@@ -27,7 +28,8 @@ def test_the_ratios_to_the_bare_loop_are_plausible(monkeypatch: pytest.MonkeyPat
     assert "simulated rows" in first
     table = [row.strip("| ").split(" | ") for row in done.stdout.splitlines() if row.startswith("|")]
     assert table[0] == ["what", "rows/CPU-s", "its matrix products alone, rows/CPU-s", "ratio", "memory MB"]
-    assert len(table) == 2 + 2
+    precisions = 1 if describe()["bf16"] == NO_BF16 else 2
+    assert len(table) == 2 + 2 * precisions, "training and sampling"
     for _, rate, bare_rate, ratio, _ in table[2:]:
         assert 0 < float(ratio) <= 1.2
         assert float(rate) / float(bare_rate) == pytest.approx(float(ratio), rel=1), "the ratio is that of the rates"
@@ -91,7 +93,7 @@ def test_a_layer_that_hides_its_products_is_an_error_and_not_a_better_ratio(monk
 
     monkeypatch.setattr(nn.Linear, "__call__", hidden, raising=False)
     with pytest.raises(SystemExit, match="are not called as modules"):
-        speed.training(table, diabetes130.SCHEMA, steps=1, repeats=1)
+        speed.training(table, diabetes130.SCHEMA, "float32", steps=1, repeats=1)
 
 
 def test_simulated_rows_have_the_shape_of_diabetes_130() -> None:

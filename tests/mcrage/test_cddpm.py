@@ -157,6 +157,24 @@ def test_numbers_that_were_asked_for_stay_in_their_bin_after_calibration(calibra
     assert calibrated.sample(500, {"age": 60})["age"].min() >= 50
 
 
+def test_bfloat16_learns_the_same_with_other_bytes() -> None:
+    """Of products only: parameters stay float32. The mean lab of race b is 90, of race a 60."""
+    models = [
+        CDDPM(width=32, depth=1, steps=600, random_state=1, precision=precision).fit(TRAINED, SCHEMA)
+        for precision in ("float32", "bfloat16")
+    ]
+    labs = [[model.sample(1500, {"race": race})["lab"].mean() for race in "ab"] for model in models]
+    assert labs[1] == pytest.approx(labs[0], abs=2.0)
+    first = [model.parameters()["denoiser.inputs.weight"] for model in models]
+    assert first[1].dtype == np.float32
+    assert not np.array_equal(*first)
+
+
+def test_a_precision_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision must be 'float32' or 'bfloat16', got 'half'"):
+        CDDPM(precision="half").fit(TRAINED, SCHEMA)
+
+
 def test_a_damaged_model_is_refused(fitted: CDDPM, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         CDDPM.load(tmp_path)

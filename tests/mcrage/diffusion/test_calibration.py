@@ -70,4 +70,4 @@ def test_only_the_biases_of_levels_move() -> None:
 def test_it_costs_a_fixed_share_of_the_training_and_is_left_out_after_a_short_one() -> None:
     assert rows_per_round(300 * 256) == 0
     assert rows_per_round(2400 * 256) == 3072
-    assert rows_per_round(10**8) == 6144
+    assert rows_per_round(10**8) == 20_480
