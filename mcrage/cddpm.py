@@ -262,7 +262,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             self._quantiles = calibrate(
                 self._network.denoiser,
                 self._diffusion,
-                lambda generator: [(z, levels) for _, z, levels in self._solve(anything, generator)],
+                lambda generator: list(self._solve(anything, generator)),
                 generator=rng.torch_stream(self.random_state, "calibrate"),
             )
 
@@ -343,15 +343,13 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         return model
 
     def _draw(self, asked: Constraint, generator: torch.Generator) -> pd.DataFrame:
-        """Rows under a constraint, a part of them at a time."""
-        parts = [
-            self.transform.decode(z, levels, self._labels(part, z, levels, generator))
-            for part, z, levels in self._solve(asked, generator)
-        ]
-        return pd.concat(parts, ignore_index=True)
+        """Rows under a constraint."""
+        solved = list(self._solve(asked, generator))
+        z, levels = (torch.cat(parts) for parts in zip(*solved, strict=True))
+        return self.transform.decode(z, levels, self._labels(asked, z, levels, generator))
 
     @torch.inference_mode()
-    def _solve(self, asked: Constraint, generator: torch.Generator) -> Iterator[tuple[Constraint, Tensor, Tensor]]:
+    def _solve(self, asked: Constraint, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Encoded rows under a constraint, a part of them at a time, which bounds the memory."""
         self._network.denoiser.in_bfloat16 = self.precision == "bfloat16"
         solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
@@ -364,7 +362,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
             if self._quantiles is not None:
                 z = normalised(z, self._quantiles, part.low.isinf() & part.high.isinf())
-            yield part, z, levels
+            yield z, levels
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""
