@@ -11,8 +11,8 @@ def test_large_tables_are_passed_equally_often(rows: int, batch_size: int) -> No
 def test_small_tables_are_passed_more_often_by_smaller_steps() -> None:
     assert [default_steps(rows, default_batch_size(rows)) for rows in (10, 1000, 4000, 1_000_000)] == [
         60,
-        195,
-        390,
+        150,
+        300,
         4000,
     ]
     rates = [default_learning_rate(rows) for rows in (10, 1000, 4000, 25_000, 1_000_000)]
