@@ -75,7 +75,8 @@ def pooled(hospitals: Hospitals) -> Hospitals:
     table = pd.concat(hospitals.tables.values(), ignore_index=True)
     site = hospitals.schema.site
     if site is not None:
-        table[site.name] = pd.Series(["all"] * len(table), dtype=table[site.name].dtype)
+        name = site.levels[0] if site.kind == "categorical" else "all"
+        table[site.name] = pd.Series([name] * len(table), dtype=table[site.name].dtype)
     return Hospitals(hospitals.schema, {"all": table})
 
 

@@ -9,6 +9,7 @@ Example::
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mcrage.data.transform import Constraint, EncodedTable, TableTransform, chec
 from mcrage.diffusion.calibration import calibrate, rows_per_round
 from mcrage.diffusion.losses import mean_loss, row_losses
 from mcrage.diffusion.network import ModelConfig, RowNetwork, check_parameters
+from mcrage.diffusion.placement import placed, require_placement
 from mcrage.diffusion.quantiles import KNOTS, normalised
 from mcrage.diffusion.sampling import ancestral, dpm_solver, guided_estimate
 from mcrage.diffusion.tabular import DiffusionConfig, TabularDiffusion
@@ -63,6 +65,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         sampler: ``"dpm-solver"`` (few steps) or ``"ancestral"`` (many steps, with fresh noise).
         precision: Of matrix products: ``"float32"``, or ``"bfloat16"``, which is faster where the processor has
             instructions for it (AVX-512 BF16, AMX) and slower elsewhere. Parameters are float32.
+        device: ``"cpu"``, or ``"cuda"`` where there is one. It trains and samples there and keeps its parameters on
+            the CPU. The same seed gives other rows.
         random_state: Seed of everything that is random.
         verbose: 0 is silent; 1 shows a progress bar, or lines where there is no terminal.
 
@@ -86,6 +90,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         sampling_steps: int = 10,
         sampler: str = "dpm-solver",
         precision: str = "float32",
+        device: str = "cpu",
         random_state: int = 0,
         verbose: int = 0,
     ) -> None:
@@ -98,6 +103,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         self.sampling_steps = sampling_steps
         self.sampler = sampler
         self.precision = precision
+        self.device = device
         self.random_state = random_state
         self.verbose = verbose
 
@@ -146,24 +152,24 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         self.steps_ = steps = self.steps or default_steps(len(encoded), batch_size)
         rate = self.learning_rate or default_learning_rate(len(encoded))
         training = TrainingConfig(total_steps=steps, batch_size=batch_size, learning_rate=rate)
-        self._network.denoiser.in_bfloat16 = self.precision == "bfloat16"
-        average = Averaged(self._network, training.ema_decay)
         losses: list[float] = []
         every = max(steps // 10, 1)
         said = opening(steps, len(encoded), is_default=not self.steps)
-        with ProgressReport("training", steps, enabled=self.verbose > 0, every=every, opening=said) as progress:
+        progress = ProgressReport("training", steps, enabled=self.verbose > 0, every=every, opening=said)
+        with progress, self._placed():
+            average = Averaged(self._network, training.ema_decay)
             for loss in train_steps(
                 self._network,
                 self._diffusion,
-                encoded,
+                encoded.to(self.device),
                 config=training,
                 steps=range(steps),
-                generator=rng.torch_stream(self.random_state, "train"),
+                generator=rng.torch_stream(self.random_state, "train", device=self.device),
             ):
                 average.update(self._network)
                 losses.append(loss)
                 progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
-        average.copy_to(self._network)
+            average.copy_to(self._network)
         self.calibrate(steps * batch_size)
         self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
         return self
@@ -192,7 +198,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             raise SamplingError(f"asked for {n} rows; at least 0 are possible")
         self._check_settings()
         asked = self.transform.constrain(n, conditions)
-        generator = rng.torch_stream(self.random_state if random_state is None else random_state, "sample")
+        seed = self.random_state if random_state is None else random_state
+        generator = rng.torch_stream(seed, "sample", device=self.device)
         rows, self.repairs_ = follow_rules(
             self._draw(asked, generator),
             self.schema_,
@@ -204,9 +211,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     def loss(self, table: pd.DataFrame, *, random_state: int) -> float:
         """Mean loss on rows that were not trained on, the denoiser's with the condition given in full."""
         self._require_fitted()
-        encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
-        generator = rng.torch_stream(random_state, "loss")
-        return mean_loss(self._network, self._diffusion, encoded, generator=generator)
+        rows = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
+        return mean_loss(self._network, self._diffusion, rows, generator=rng.torch_stream(random_state, "loss"))
 
     def row_losses(
         self, table: pd.DataFrame, *, times: tuple[float, ...], draws: int, random_state: int
@@ -263,7 +269,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
                 self._network.denoiser,
                 self._diffusion,
                 lambda generator: list(self._solve(anything, generator)),
-                generator=rng.torch_stream(self.random_state, "calibrate"),
+                generator=rng.torch_stream(self.random_state, "calibrate", device=self.device),
             )
 
     def parameters(self) -> dict[str, NDArray[np.float32]]:
@@ -343,23 +349,20 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         return model
 
     def _draw(self, asked: Constraint, generator: torch.Generator) -> pd.DataFrame:
-        """Rows under a constraint."""
-        solved = list(self._solve(asked, generator))
-        z, levels = (torch.cat(parts) for parts in zip(*solved, strict=True))
+        z, levels = (torch.cat(parts) for parts in zip(*self._solve(asked, generator), strict=True))
         return self.transform.decode(z, levels, self._labels(asked, z, levels, generator))
 
-    @torch.inference_mode()
     def _solve(self, asked: Constraint, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Encoded rows under a constraint, a part of them at a time, which bounds the memory."""
-        self._network.denoiser.in_bfloat16 = self.precision == "bfloat16"
         solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
         for start in range(0, max(len(asked.attributes), 1), _SAMPLE_ROWS):
             part = asked.rows(slice(start, start + _SAMPLE_ROWS))
-            estimate = guided_estimate(
-                self._network.denoiser, self._diffusion, part, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT
-            )
-            rows = part.attributes.shape[0]
-            z, levels = solve(estimate, self._diffusion, rows=rows, steps=self.sampling_steps, generator=generator)
+            net, diffusion, wanted = self._network.denoiser, self._diffusion, part.to(self.device)
+            with self._placed(), torch.inference_mode():
+                estimate = guided_estimate(net, diffusion, wanted, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT)
+                rows, steps = len(part.attributes), self.sampling_steps
+                drawn = solve(estimate, diffusion, rows=rows, steps=steps, generator=generator)
+            z, levels = (each.cpu() for each in drawn)
             if self._quantiles is not None:
                 z = normalised(z, self._quantiles, part.low.isinf() & part.high.isinf())
             yield z, levels
@@ -383,9 +386,12 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         self._network = RowNetwork(self.transform, width=config.width, depth=config.depth, generator=generator)
 
     def _check_settings(self) -> None:
-        for name, allowed in (("sampler", ("dpm-solver", "ancestral")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be '{allowed[0]}' or '{allowed[1]}', got '{getattr(self, name)}'")
+        if self.sampler not in ("dpm-solver", "ancestral"):
+            raise ConfigError(f"sampler must be 'dpm-solver' or 'ancestral', got '{self.sampler}'")
+        require_placement(self.device, self.precision)
+
+    def _placed(self) -> AbstractContextManager[None]:
+        return placed(self._network, self._diffusion, self.device, self.precision)
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "schema_"):

@@ -25,6 +25,6 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *names))
 
 
-def torch_stream(seed: int, *names: str | int) -> torch.Generator:
-    """A torch CPU generator of its own for this seed and these names."""
-    return torch.Generator().manual_seed(derive(seed, *names))
+def torch_stream(seed: int, *names: str | int, device: str = "cpu") -> torch.Generator:
+    """A torch generator of its own for this seed and these names; a GPU's gives other numbers than the CPU's."""
+    return torch.Generator(device).manual_seed(derive(seed, *names))

@@ -88,8 +88,11 @@ class EncodedTable:
 
     def rows(self, index: Int[Tensor, " batch"]) -> "EncodedTable":
         """The rows of an index, repeats allowed."""
-        parts = (self.numeric, self.codes, self.attributes, self.covariates)
-        return EncodedTable(*(part.index_select(0, index) for part in parts))
+        return EncodedTable(*(part.index_select(0, index) for part in vars(self).values()))
+
+    def to(self, device: str) -> "EncodedTable":
+        """The same rows on a device."""
+        return EncodedTable(*(part.to(device) for part in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,11 @@ class Constraint:
 
     def rows(self, index: slice | NDArray[np.int64]) -> "Constraint":
         """The constraint of some of the rows."""
-        return Constraint(self.attributes[index], self.codes[index], self.low[index], self.high[index])
+        return Constraint(*(part[index] for part in vars(self).values()))
+
+    def to(self, device: str) -> "Constraint":
+        """The same constraint on a device."""
+        return Constraint(*(part.to(device) for part in vars(self).values()))
 
 
 class TableTransform:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 LOGIT_LIMIT = 60.0
 """Logits beyond ± this count as this: e^60 is still finite in float32, and so is a sum of them."""
@@ -19,23 +19,31 @@ LOGIT_LIMIT = 60.0
 _BELOW_ONE = 1 - 1e-12  # keeps the product of a uniform number and a block's total below that total after rounding
 
 
-class Blocks:
-    """The levels of all blocks of a row.
+class Blocks(nn.Module):
+    """The levels of all blocks of a row; a module without parameters, so that its constants move with a model.
 
     Args:
         sizes: Number of levels of each block.
     """
 
+    of_level: Tensor
+    starts: Tensor
+    _last: Tensor
+    _indicator: Tensor
+
     def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
         self.sizes = tuple(sizes)
+        self.slices = tuple(slice(sum(self.sizes[:k]), sum(self.sizes[: k + 1])) for k in range(len(self.sizes)))
         counts = torch.tensor(self.sizes, dtype=torch.int64)
         self.number = len(self.sizes)
         self.levels = sum(self.sizes)
-        self.of_level = torch.repeat_interleave(torch.arange(self.number), counts)
-        self.starts = torch.cumsum(counts, 0) - counts
-        self._last = counts - 1
-        self._indicator = torch.zeros(self.levels, self.number)
-        self._indicator[torch.arange(self.levels), self.of_level] = 1.0
+        of_level = torch.repeat_interleave(torch.arange(self.number), counts)
+        indicator = torch.zeros(self.levels, self.number)
+        indicator[torch.arange(self.levels), of_level] = 1.0
+        keep_constants(
+            self, of_level=of_level, starts=torch.cumsum(counts, 0) - counts, _last=counts - 1, _indicator=indicator
+        )
 
     def places(self, codes: Int[Tensor, "rows blocks"]) -> Int[Tensor, "rows blocks"]:
         """Where each block's level stands among all levels."""
@@ -72,6 +80,12 @@ class Blocks:
         uniform = torch.rand(totals.shape, generator=generator, dtype=torch.float64).mul_(_BELOW_ONE)
         reached = below <= (before + uniform * totals).index_select(1, self.of_level)
         return torch.minimum(self.sums(reached.float()).long(), self._last)
+
+
+def keep_constants(module: nn.Module, **tensors: Tensor) -> None:
+    """Attributes of a module that move with it to another device and are no part of its state."""
+    for name, value in tensors.items():
+        module.register_buffer(name, value, persistent=False)
 
 
 def one_hot(codes: Int[Tensor, "rows blocks"], sizes: Sequence[int]) -> Float[Tensor, "rows levels"]:

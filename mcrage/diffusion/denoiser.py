@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mcrage.data.transform import Layout
-from mcrage.diffusion.blocks import one_hot
+from mcrage.diffusion.blocks import keep_constants, one_hot
 
 _FREQUENCIES = 6
 _TIME_WIDTH = 32
@@ -47,11 +47,14 @@ class MLPDenoiser(nn.Module):
         generator: Draws the initial weights.
     """
 
+    _free: Tensor
+    _waves: Tensor
+    _frequencies: Tensor
+
     def __init__(self, layout: Layout, *, width: int, depth: int, generator: torch.Generator) -> None:
         super().__init__()
         self.in_bfloat16 = False
         self.num_numeric = layout.num_numeric
-        self._free = torch.tensor(layout.free_attributes, dtype=torch.int64)
         self._sizes = [layout.attribute_sizes[place] for place in layout.free_attributes]
         waves = 2 * len(_WAVES) * layout.num_numeric
         self.inputs = nn.Linear(layout.width + waves + sum(self._sizes), width)
@@ -59,8 +62,12 @@ class MLPDenoiser(nn.Module):
         self.shifts = nn.Linear(_TIME_WIDTH, depth * width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outputs = nn.Linear(width, layout.width)
-        self._waves = torch.tensor(_WAVES)
-        self._frequencies = math.pi * 2.0 ** torch.arange(_FREQUENCIES).div(2.5)
+        keep_constants(
+            self,
+            _free=torch.tensor(layout.free_attributes, dtype=torch.int64),
+            _waves=torch.tensor(_WAVES),
+            _frequencies=math.pi * 2.0 ** torch.arange(_FREQUENCIES).div(2.5),
+        )
         _initialise(self, generator)
         for last in (self.outputs, self.shifts):
             nn.init.zeros_(last.weight)
@@ -72,7 +79,9 @@ class MLPDenoiser(nn.Module):
         attributes: Int[Tensor, "batch num_attributes"],
     ) -> Float[Tensor, "batch width"]:
         """The guess; see the module."""
-        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+        if not self.in_bfloat16:
+            return self._guess(noisy, time, attributes)
+        with torch.autocast(noisy.device.type, torch.bfloat16):
             return self._guess(noisy, time, attributes).float()
 
     def _guess(self, noisy: Tensor, time: Tensor, attributes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mcrage.data.transform import EncodedTable, Layout
-from mcrage.diffusion.blocks import Blocks, one_hot
+from mcrage.diffusion.blocks import Blocks, keep_constants, one_hot
 
 _RARE = 0.01  # added to a level's variance: the weight of a level that hardly occurs stays moderate
 _FIRST_SPREAD = 0.3  # standard deviation of a hidden unit before training
@@ -34,6 +34,9 @@ class LabelModel(nn.Module):
         generator: Draws its initial weights.
     """
 
+    _share: Tensor
+    _scale: Tensor
+
     def __init__(
         self,
         layout: Layout,
@@ -45,8 +48,8 @@ class LabelModel(nn.Module):
     ) -> None:
         super().__init__()
         self._blocks = Blocks(layout.block_sizes)
-        self._share = log_prior.exp()
-        self._scale = (self._share * (1 - self._share) + _RARE).rsqrt()
+        share = log_prior.exp()
+        keep_constants(self, _share=share, _scale=(share * (1 - share) + _RARE).rsqrt())
         self._log_odds = label_log_odds
         inputs = layout.num_covariates + self._blocks.levels
         self.weights = nn.Linear(inputs, 1)
@@ -95,4 +98,5 @@ class LabelModel(nn.Module):
     ) -> Int[Tensor, " rows"]:
         """One label per row, drawn at its probability."""
         probability = torch.sigmoid(self(codes, covariates))
-        return (torch.rand(len(codes), generator=generator) < probability).long()
+        uniform = torch.rand(len(codes), generator=generator, device=generator.device)
+        return (uniform.to(codes.device) < probability).long()

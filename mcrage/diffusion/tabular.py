@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcrage.data.transform import EncodedTable, Layout
-from mcrage.diffusion.blocks import LOGIT_LIMIT, Blocks
+from mcrage.diffusion.blocks import LOGIT_LIMIT, Blocks, keep_constants
 from mcrage.diffusion.denoiser import Denoiser
 from mcrage.diffusion.schedule import NoiseSchedule
 
@@ -51,8 +51,8 @@ _RARE = 0.01  # added to a level's variance: one that hardly occurs is not blown
 _CERTAIN = 30.0  # evidence beyond ± this says no more: e^-60 is the chance that it is wrong
 
 
-class TabularDiffusion:
-    """Loss of a denoiser on rows, and its estimate of clean rows.
+class TabularDiffusion(nn.Module):
+    """Loss of a denoiser on rows, and its estimate of clean rows; a module without parameters.
 
     Args:
         layout: Widths of the encoded row.
@@ -60,6 +60,14 @@ class TabularDiffusion:
         config: Scales and weights.
         schedule: Noise levels.
     """
+
+    log_prior: Tensor
+    _can_miss: Tensor
+    _may_miss: Tensor
+    _scale_of_block: Tensor
+    _scale: Tensor
+    _per_spread: Tensor
+    _centre: Tensor
 
     def __init__(
         self,
@@ -69,21 +77,28 @@ class TabularDiffusion:
         config: DiffusionConfig | None = None,
         schedule: NoiseSchedule | None = None,
     ) -> None:
+        super().__init__()
         self.layout = layout
         self.config = config or DiffusionConfig()
         self.schedule = schedule or NoiseSchedule()
         self.blocks = Blocks(layout.block_sizes)
-        self.log_prior = torch.zeros(self.blocks.levels) if log_prior is None else log_prior
-        self._missing_block = torch.tensor(layout.missing_block, dtype=torch.int64)
-        self._can_miss = self._missing_block >= 0
-        self._may_miss = self._missing_block[self._can_miss]
+        log_prior = torch.zeros(self.blocks.levels) if log_prior is None else log_prior
+        missing_block = torch.tensor(layout.missing_block, dtype=torch.int64)
+        may_miss = missing_block[missing_block >= 0]
         scales = torch.full((self.blocks.number,), self.config.level_scale)
-        scales[self._may_miss] = self.config.missing_scale
-        self._scale_of_block = scales
-        self._scale = scales[self.blocks.of_level]
-        share = self.blocks.softmax(self.log_prior[None])[0]
-        self._per_spread = _LEVEL_SPREAD * (share * (1 - share) + _RARE).rsqrt()
-        self._centre = share * self._per_spread
+        scales[may_miss] = self.config.missing_scale
+        share = self.blocks.softmax(log_prior[None])[0]
+        per_spread = _LEVEL_SPREAD * (share * (1 - share) + _RARE).rsqrt()
+        keep_constants(
+            self,
+            log_prior=log_prior,
+            _can_miss=torch.nonzero(missing_block >= 0)[:, 0],
+            _may_miss=may_miss,
+            _scale_of_block=scales,
+            _scale=scales[self.blocks.of_level],
+            _per_spread=per_spread,
+            _centre=share * per_spread,
+        )
 
     def clean(self, batch: EncodedTable) -> Float[Tensor, "batch width"]:
         """Rows as they are diffused: numbers, and levels as scaled one-hot vectors."""
@@ -200,10 +215,10 @@ class TabularDiffusion:
         evidence = likelihood.clamp_(-_CERTAIN, _CERTAIN).add_(self.log_prior)
         for place, block in enumerate(self.layout.attribute_block):
             if block >= 0:
-                start, size = self.blocks.starts[block], self.blocks.sizes[block]
+                own = self.blocks.slices[block]
                 given = attributes[:, place : place + 1]
-                certain = torch.where(given == torch.arange(size), _CERTAIN, -_CERTAIN)
-                part = evidence[:, start : start + size]
+                certain = torch.where(given == torch.arange(self.blocks.sizes[block]), _CERTAIN, -_CERTAIN)
+                part = evidence[:, own]
                 torch.where(given < 0, part, certain, out=part)
         return evidence
 

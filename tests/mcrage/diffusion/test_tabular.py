@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -232,3 +233,24 @@ def test_logits_stay_finite_for_extreme_outputs() -> None:
         _, probabilities = diffusion.estimate(wild, noisy, torch.full((16,), time), torch.zeros(16, 2).long())
         assert torch.isfinite(probabilities).all()
         assert torch.allclose(probabilities[:, :3].sum(1), torch.ones(16), atol=1e-3)
+
+
+def test_whatever_a_step_computes_is_where_the_model_is(network: MLPDenoiser) -> None:
+    """On the meta device tensors have no values: whoever makes or keeps one elsewhere is refused, as on a GPU."""
+    diffusion = TabularDiffusion(replace(LAYOUT, missing_block=(1, -1))).to("meta")
+    denoiser = copy.deepcopy(network).to("meta")
+    with torch.device("meta"):
+        rows = EncodedTable(
+            torch.zeros(5, LAYOUT.num_numeric),
+            torch.zeros(5, len(LAYOUT.block_sizes), dtype=torch.int64),
+            torch.zeros(5, len(LAYOUT.attribute_sizes), dtype=torch.int64),
+            torch.zeros(5, LAYOUT.num_covariates),
+        )
+        noise, time = torch.zeros(5, LAYOUT.width), torch.zeros(5)
+        loss = diffusion.loss_at(denoiser, rows, time=time, noise=noise, attributes=rows.attributes)
+        torch.autograd.backward(loss.sum())
+        with torch.no_grad():
+            clean = diffusion.join(*diffusion.estimate(denoiser, noise, time, rows.attributes, guidance=0.5))
+            diffusion.clean(rows)
+    assert clean.is_meta
+    assert all(parameter.grad is not None and parameter.grad.is_meta for parameter in denoiser.parameters())
