@@ -25,7 +25,7 @@ Drawn = list[tuple[Float[Tensor, "rows num_numeric"], Int[Tensor, "rows num_bloc
 
 _RATES = (0.5, 0.33, 0.25, 0.2)
 _PRIOR_ROWS = 10.0  # added to both counts: a level that was hardly ever generated is not moved far
-_MOST_ROWS, _LEAST_ROWS = 20_480, 2048
+_MOST_ROWS, _LEAST_ROWS = 20_480, 1024
 _ROWS_PER_ROW = 200  # a generated row costs as much as some four trained ones: the whole is a twelfth of training
 
 
