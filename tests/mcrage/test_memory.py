@@ -17,6 +17,7 @@ from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import ConfigError
 from mcrage.memory import free_bytes, require_memory, training_bytes
+from mcrage.training.length import default_batch_size
 
 ROOT = Path(__file__).parents[2]
 FACTOR = 2
@@ -93,7 +94,9 @@ def test_the_estimate_is_within_a_factor_of_two_of_the_measured_peak(case: str) 
     before, trained, sampled = measured(rows, settings, **schema)
     config = ModelConfig(width=settings.get("width", 192))
     layout = TableTransform(wide(**schema)).layout
-    estimate = training_bytes(layout, config, rows=rows, batch_size=settings.get("batch_size", 256))
+    estimate = training_bytes(
+        layout, config, rows=rows, batch_size=settings.get("batch_size", default_batch_size(rows))
+    )
     peak = max(trained, sampled)
     assert (peak - before) / FACTOR < estimate < (peak - before) * FACTOR
     assert peak < 4e9
