@@ -102,7 +102,7 @@ def groups(options: argparse.Namespace) -> Iterator[Line]:
         for columns in (schema.sensitive, schema.attributes):
             counts = GroupCounts.of(test, columns)
             asked = {group: min(max(count, 1000), 4000) for group, count in counts.items()}
-            rows = make_pool(model, schema, asked, random_state=seed)
+            rows = make_pool(model, schema, asked, random_state=seed).table
             names = [column.name for column in columns]
             yield from _fidelity(rows, train, test, model, names, "diabetes-130", seed)
 

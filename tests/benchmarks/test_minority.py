@@ -1,5 +1,6 @@
 """The minority's rows of a federated model are the minority's, and the benchmark says so."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import collapse
-from benchmarks.minority import federated, variant
+from benchmarks import collapse, speed
+from benchmarks.minority import federated, groups, variant
 from mcrage import CDDPM
 from mcrage.diffusion.tabular import DiffusionConfig
+from simulations.datasets import diabetes130
+from simulations.datasets.table import PublicTable
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, float] = {"num-server-rounds": 2, "local-steps": 2, "width": 16, "depth": 1}
@@ -81,3 +84,19 @@ def test_the_benchmark_measures_every_variant(part: str) -> None:
     assert min(real) > 0.6
     assert min(made) < 0.6, "a model of four steps is found out"
     assert part in done.stderr or "effects" in done.stderr
+
+
+@pytest.mark.slow
+def test_groups_with_the_label_open_and_asked_for_are_measured_beside_real_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = speed.simulated(6000, diabetes130.SCHEMA).assign(patient_nbr=[str(number) for number in range(6000)])
+    public = PublicTable(name="diabetes130", schema=diabetes130.SCHEMA, table=table, licence="", credit="")
+    monkeypatch.setattr(diabetes130, "load", lambda **_: public)
+    lines = list(groups(argparse.Namespace(seeds=1, steps=3)))
+    of_label_open = [line for line in lines if "readmitted" not in str(line["group"])]
+    of_label_given = [line for line in lines if "readmitted=yes" in str(line["group"])]
+    assert of_label_open
+    assert of_label_given
+    largest = max(of_label_open, key=lambda line: int(str(line["n"])))
+    assert float(str(largest["all_pairs"])) < float(str(largest["all_pairs_real"]))
