@@ -56,8 +56,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         depth: Hidden layers.
         steps: Training steps; by default (:func:`~mcrage.training.length.default_steps`) a number that grows with the
             table, because a long training memorises a small one.
-        batch_size: Rows per step; by default (:func:`~mcrage.training.length.default_batch_size`) more for a large
-            table.
+        batch_size: Rows per step; by default (:func:`~mcrage.training.length.default_batch_size`) 256 or 512.
         learning_rate: Highest learning rate; by default (:func:`~mcrage.training.length.default_learning_rate`) lower
             for a small table.
         guidance: Weight of classifier-free guidance when sampling; 0 samples the learned distribution.
@@ -324,9 +323,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             raise MessageError(f"the text does not describe a model ({type(error).__name__})") from None
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``model.safetensors`` and ``model.json``; no pickle."""
+        """Writes ``model.safetensors`` and ``model.json``; no pickle, and no device: it works on any machine."""
         quantiles = {} if self._quantiles is None else {"quantiles": self._quantiles.numpy()}
-        StoredModel(self.describe(), self.get_params(), self.parameters(), quantiles).write(Path(directory))
+        settings = {name: value for name, value in self.get_params().items() if name != "device"}
+        StoredModel(self.describe(), settings, self.parameters(), quantiles).write(Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> "CDDPM":
@@ -340,10 +340,9 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             model = cls.from_description(stored.description)
             model.set_params(**stored.settings)
             model.load_parameters(stored.parameters)
-            for quantiles in stored.calibration.values():
-                expected = {"quantiles": (model.transform.layout.num_numeric, len(KNOTS))}
-                check_parameters({"quantiles": quantiles}, expected)
-                model._quantiles = torch.from_numpy(quantiles)
+            if stored.calibration:
+                check_parameters(stored.calibration, {"quantiles": (model.transform.layout.num_numeric, len(KNOTS))})
+                model._quantiles = torch.from_numpy(stored.calibration["quantiles"])
         except (ValueError, MessageError) as error:
             raise CheckpointError(f"{directory}: not a model of this version ({type(error).__name__})") from None
         return model
@@ -388,6 +387,9 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     def _check_settings(self) -> None:
         if self.sampler not in ("dpm-solver", "ancestral"):
             raise ConfigError(f"sampler must be 'dpm-solver' or 'ancestral', got '{self.sampler}'")
+        for name in ("steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         require_placement(self.device, self.precision)
 
     def _placed(self) -> AbstractContextManager[None]:

@@ -35,8 +35,9 @@ class FederationConfig(_Section):
     The defaults of the strategies are those with which the held-out loss on the simulated cohort came closest to
     FedAvg's: a momentum of 0.9 (Hsu et al., 2019) made it rise again, a proximal weight of 0.1 slowed it down.
 
-    The learning rate is the highest at which the model of one or two hospitals still learns a minority of 2 %: at twice
-    the rate, optimisers that start anew each round follow what most rows say (``benchmarks/minority.py collapse``).
+    The learning rate is the higher of the two tried (the other is 3e-3) at which the model of one hospital still learns
+    a minority of 2 %: at 1e-2, optimisers that start anew each round follow what most rows say
+    (``benchmarks/minority.py collapse``).
 
     Attributes:
         num_server_rounds: Rounds of training.

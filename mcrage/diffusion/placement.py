@@ -5,7 +5,7 @@ every call of torch a little.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -27,16 +27,15 @@ def require_placement(device: str, precision: str) -> None:
 
 @contextmanager
 def placed(network: RowNetwork, diffusion: TabularDiffusion, device: str, precision: str) -> Iterator[None]:
-    """Both work as asked while this is open, and are back on the CPU afterwards."""
+    """Both work as asked while this is open; afterwards they are back on the CPU, in float32."""
+    moved = () if device == "cpu" else (network, diffusion)
     network.denoiser.in_bfloat16 = precision == "bfloat16"
-    if device == "cpu":
-        yield
-        return
-    for part in (network, diffusion):
+    for part in moved:
         part.to(device)
     try:
-        with torch.device(device):
+        with torch.device(device) if moved else nullcontext():
             yield
     finally:
-        for part in (network, diffusion):
+        network.denoiser.in_bfloat16 = False
+        for part in moved:
             part.to("cpu")

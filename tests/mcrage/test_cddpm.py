@@ -165,9 +165,24 @@ def test_bfloat16_learns_the_same_with_other_bytes() -> None:
     ]
     labs = [[model.sample(1500, {"race": race})["lab"].mean() for race in "ab"] for model in models]
     assert labs[1] == pytest.approx(labs[0], abs=2.0)
+    models[1].sample(1)
+    exact = CDDPM.from_description(models[1].describe())
+    exact.load_parameters(models[1].parameters())
+    assert models[1].loss(TRAINED, random_state=0) == exact.loss(TRAINED, random_state=0), "losses are float32 again"
     first = [model.parameters()["denoiser.inputs.weight"] for model in models]
     assert first[1].dtype == np.float32
     assert not np.array_equal(*first)
+
+
+def test_a_saved_model_does_not_ask_for_the_device_it_was_trained_on(fitted: CDDPM, tmp_path: Path) -> None:
+    CDDPM.from_description(fitted.describe()).set_params(device="cuda:7").save(tmp_path)
+    assert CDDPM.load(tmp_path).device == "cpu"
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_no_steps_and_no_rows_per_step_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        CDDPM(**{name: 0}).fit(TRAINED, SCHEMA)
 
 
 def test_a_precision_that_does_not_exist_is_refused() -> None:

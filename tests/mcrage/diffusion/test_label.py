@@ -66,3 +66,18 @@ def test_a_rare_level_weighs_more_than_a_common_one_but_not_without_limit() -> N
     logits = model(torch.tensor([[0, 0], [0, 1], [0, 2]]), nothing).detach()
     assert float(logits[2] - logits[1]) > float(logits[1] - logits[0]) > 0
     assert float(logits.max()) < 15
+
+
+def test_with_a_hidden_layer_that_has_learned_nothing_it_says_the_same_as_without() -> None:
+    """The two ways to add up a row's levels agree, and the hidden layer sees the row."""
+    draw, batch = torch.Generator().manual_seed(0), rows(200)
+    plain = label_model(0.3)
+    deep = LabelModel(LAYOUT, log_prior=SHARES.log(), label_log_odds=0.3, hidden=4, generator=draw)
+    torch.nn.init.normal_(plain.weights.weight, generator=draw)
+    torch.nn.init.constant_(plain.weights.bias, 0.7)
+    deep.weights.load_state_dict(plain.weights.state_dict())
+    expected = plain(batch.codes, batch.covariates)
+    assert torch.allclose(deep(batch.codes, batch.covariates), expected, atol=1e-5)
+    assert deep.interactions is not None
+    torch.nn.init.ones_(deep.interactions[2].weight)
+    assert not torch.allclose(deep(batch.codes, batch.covariates), expected, atol=1e-3)
