@@ -1,7 +1,7 @@
 """The ``mcrage`` command: the library's verbs on a person's own files, without any federation.
 
 Results go to files or to stdout, progress and problems to stderr, a line each. Exit codes: 0 done, 1 the schemas
-differ (``schema diff``) or a defect of the program, 2 usage or bad input.
+differ (``schema diff``) or a defect of the program, 2 usage or bad input, 3 refused on privacy grounds.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrage.errors import ConfigError, DataError, McrageError, Problem
+from mcrage import budget
+from mcrage.errors import ConfigError, DataError, McrageError, PrivacyError, Problem
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,7 @@ _SETTINGS: dict[str, Any] = {
 app = typer.Typer(help="Records for minority groups from a model that all hospitals trained.", **_SETTINGS)
 schema_app = typer.Typer(help="Draft, check and compare data dictionaries.", **_SETTINGS)
 app.add_typer(schema_app, name="schema")
+app.add_typer(budget.app, name="budget")
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -37,12 +39,12 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it i
 
 
 def main() -> None:
-    """Runs the command; errors become one line per problem on stderr and exit code 2."""
+    """Runs the command; errors become one line per problem on stderr and exit code 2 or 3."""
     try:
         app()
     except McrageError as error:
         _say(str(error))
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, PrivacyError) else 2)
     except Exception as error:
         if os.environ.get("MCRAGE_DEBUG"):
             raise

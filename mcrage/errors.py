@@ -9,8 +9,13 @@
     ├── NotFittedError    a model was asked for rows before it was trained
     ├── SamplingError     a condition cannot be sampled
     ├── MessageError      what came over the wire is not what was agreed
+    │   └── ParameterError    parameters that came are not those of the model
     ├── FederationError   a federated run cannot go on: too few sites, or it diverged
-    └── CheckpointError   a saved model or checkpoint is missing, damaged or of another run
+    ├── CheckpointError   a saved model or checkpoint is missing, damaged or of another run
+    └── PrivacyError      something that the privacy of patients rests on is not as it has to be
+        ├── RefusedError         a hospital's own policy does not allow what was asked; carries a code
+        ├── BudgetExceededError  what was asked would cost more than the hospital's privacy budget has left
+        └── LedgerError          the record of what was spent is missing, damaged, older or another one
 
 Messages give names, shapes, counts and limits, never a value from a patient's row.
 """
@@ -43,12 +48,50 @@ class MessageError(McrageError):
     """What came over the wire is not what was agreed."""
 
 
+class ParameterError(MessageError):
+    """Parameters that came are not those of the model.
+
+    Args:
+        fault: ``missing``, ``unknown``, ``dtype``, ``shape``, ``finite`` or ``size``.
+        text: In words.
+    """
+
+    def __init__(self, fault: str, text: str) -> None:
+        self.fault = fault
+        super().__init__(text)
+
+
 class FederationError(McrageError):
     """A federated run cannot go on: too few sites, or it diverged."""
 
 
 class CheckpointError(McrageError):
     """A saved model or checkpoint is missing, damaged or of another run."""
+
+
+class PrivacyError(McrageError):
+    """Something that the privacy of patients rests on is not as it has to be."""
+
+
+class RefusedError(PrivacyError):
+    """A hospital's own policy does not allow what was asked.
+
+    Args:
+        code: Which rule; :data:`mcrage.refusals.REFUSALS` has the words. It is all that leaves the hospital.
+        detail: More words, for the hospital's own log.
+    """
+
+    def __init__(self, code: int, detail: str = "") -> None:
+        self.code = code
+        super().__init__(f"refused with code {code}" + (f": {detail}" if detail else ""))
+
+
+class BudgetExceededError(PrivacyError):
+    """What was asked would cost more than the hospital's privacy budget has left."""
+
+
+class LedgerError(PrivacyError):
+    """The record of what was spent is missing, damaged, older or another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
