@@ -25,7 +25,7 @@ from mcrage.config import RunConfig
 from mcrage.data.reader import read_table
 from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import ModelConfig
-from mcrage.training.local import TrainingConfig
+from mcrage.training.local import TrainingConfig, train_steps
 from server.rounds import run_federation
 from simulations.cohort import Cohort, CohortConfig
 from simulations.flower import flwr_run
@@ -101,7 +101,8 @@ def local_work(folder: Path, repeats: int = 5) -> float:
         started = time.process_time()
         for rows in encoded:
             model.load_parameters(parameters)
-            model.train_locally(rows, steps=range(1), config=config, generator=rng.torch_stream(0, repeat))
+            draw = rng.torch_stream(0, repeat)
+            list(train_steps(model.network_, model.diffusion_, rows, config=config, steps=range(1), generator=draw))
         times.append(time.process_time() - started)
     return statistics.median(times)
 

@@ -82,7 +82,7 @@ def training(
     with recorded() as products:
         model, memory = added_memory_mb(lambda: fit(steps))
     called = {product.layer for product in products}
-    layers = {name: layer for name, layer in model._network.denoiser.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in model.network_.denoiser.named_modules() if isinstance(layer, nn.Linear)}
     if silent := [name for name, layer in layers.items() if id(layer) not in called]:
         raise SystemExit(f"layers {', '.join(silent)} are not called as modules: the bare loop would miss them")
     bare = bare_loop(products)

@@ -1,11 +1,15 @@
 """The hospital's side as a Flower ClientApp: each handler turns an instruction into one permitted reply."""
 
+from collections.abc import Callable
+from functools import partial
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.boundary import answer, incoming
+from client.protection import DEBUG_LOG
 from client.site import Site
-from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
+from mcrage.messages import AccountInstruction, DescribeInstruction, EvaluateInstruction, Outgoing, TrainInstruction
 
 app = ClientApp()
 
@@ -13,20 +17,34 @@ app = ClientApp()
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Schema, suppressed group counts and, where asked for, one-way histograms."""
-    return answer(message, lambda: _site(context).describe(DescribeInstruction.from_wire(incoming(message))))
+    return _answered(message, context, lambda site: site.describe(DescribeInstruction.from_wire(incoming(message))))
+
+
+@app.query("account")
+def account(message: Message, context: Context) -> Message:
+    """What the site's ledger says."""
+    return _answered(message, context, lambda site: site.account(AccountInstruction.from_wire(incoming(message))))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Parameters after some steps on the site's training rows."""
-    return answer(message, lambda: _site(context).train(TrainInstruction.from_wire(incoming(message))))
+    return _answered(message, context, lambda site: site.train(TrainInstruction.from_wire(incoming(message))))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Loss on the site's test rows."""
-    return answer(message, lambda: _site(context).evaluate(EvaluateInstruction.from_wire(incoming(message))))
+    return _answered(message, context, lambda site: site.evaluate(EvaluateInstruction.from_wire(incoming(message))))
 
 
-def _site(context: Context) -> Site:
-    return Site.of(context.node_config, context.run_config)
+def _answered(message: Message, context: Context, work: Callable[[Site], Outgoing]) -> Message:
+    try:
+        site = Site.of(context.node_config, context.run_config)
+    except Exception as error:  # noqa: BLE001  # answered like any other, but without a folder for its text
+        return answer(message, partial(_raise, error))
+    return answer(message, lambda: work(site), log=site.private_dir / DEBUG_LOG)
+
+
+def _raise(error: Exception) -> Outgoing:
+    raise error

@@ -1,15 +1,20 @@
 """The one gate of a site: every reply is built here, and nothing else leaves.
 
-An exception's text may hold a patient's data, so it stays in the site's log; the server gets a code and an id.
+An exception's text may hold a patient's data, so it stays in a file of the site; the server gets a code and an id.
 """
 
+import errno
 import logging
+import os
 import secrets
+import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from mcrage.errors import McrageError, MessageError
+from mcrage.errors import MessageError
 from mcrage.messages import Outgoing, SiteError, Wire
 
 _LOG = logging.getLogger("mcrage.site")
@@ -28,8 +33,14 @@ def incoming(message: Message) -> Wire:
     return Wire(dict(values["config"]), named)  # type: ignore[arg-type]  # lists and bytes are refused by from_wire
 
 
-def answer(message: Message, work: Callable[[], Outgoing]) -> Message:
-    """The reply to an instruction: what ``work`` gives, or an error as a code and an id."""
+def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None = None) -> Message:
+    """The reply to an instruction: what ``work`` gives, or an error as a code and an id.
+
+    Args:
+        message: The instruction.
+        work: Does it.
+        log: File of the hospital's own that gets the text of an error; without one the text is lost.
+    """
     try:
         outgoing = work()
         if not isinstance(outgoing, Outgoing):
@@ -42,7 +53,24 @@ def answer(message: Message, work: Callable[[], Outgoing]) -> Message:
             }
         )
         return Message(content, reply_to=message)
-    except Exception as error:  # noqa: BLE001  # the site's boundary: whatever happened, its text stays here
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # without whatever text it had
+    except BaseException as error:  # noqa: BLE001  # the site's boundary: whatever happened, its text stays here
         site_error = SiteError.of(error, secrets.token_hex(4))
-        _LOG.error("%s: %s", site_error, error, exc_info=not isinstance(error, McrageError))
+        # What a program logs may be sent on by whatever runs it: the text goes to the hospital's own file alone.
+        _LOG.error("%s", site_error)
+        keep_text(log, site_error.error_id, error)
         return Message(Error(site_error.code, site_error.error_id), reply_to=message)
+
+
+def keep_text(log: Path | None, error_id: str, error: BaseException) -> None:
+    """Adds an error with all its text to a file that only its owner reads; says so where it cannot."""
+    if log is None:
+        return
+    text = "".join(traceback.format_exception(error))
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{datetime.now(UTC).isoformat()} error {error_id}\n{text}\n")
+    except OSError as failed:
+        _LOG.error("error %s: its text could not be kept (%s)", error_id, errno.errorcode.get(failed.errno or 0, "?"))

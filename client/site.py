@@ -1,43 +1,49 @@
 """One hospital: its table, its data dictionary, and the three things it does when asked.
 
-A hospital names its files itself, in its node configuration: ``site``, ``data-path``, ``schema-path`` and, if it
-likes, ``num-threads``. Nothing that the server sends can make it read another file. Flower's simulation gives a node
-only its number, so a pretend hospital takes the file of that rank in the run configuration's ``site-dir``.
+A hospital names its files itself, in its node configuration: ``site``, ``data-path``, ``schema-path``, ``private-dir``
+(see :mod:`client.protection`) and, if it likes, ``num-threads``. Nothing that the server sends can make it read another
+file. Flower's simulation gives a node only its number, so a pretend hospital takes the file of that rank in the run
+configuration's ``site-dir``, and a private folder beside it.
+
+Whatever is asked goes the same way: the schema, the policy, the model, the ledger, and only then the table.
 """
 
 import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from client import tables
+from client.pretend import pretend_private_folder
+from client.protection import Protection, Release
 from mcrage import rng
 from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig, Scalar
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
-from mcrage.data.reader import read_table
 from mcrage.data.schema import Column, TableSchema
-from mcrage.data.split import split_by_patient
-from mcrage.data.transform import EncodedTable
-from mcrage.errors import ConfigError, SchemaError
+from mcrage.errors import ConfigError, MessageError, ParameterError, RefusedError
 from mcrage.messages import (
     SITE_NAME,
+    AccountInstruction,
     DescribeInstruction,
     EvaluateInstruction,
+    SiteAccount,
     SiteDescription,
     SiteLoss,
+    SiteScores,
     SiteUpdate,
     TrainInstruction,
 )
-from mcrage.training.local import TrainingConfig
-
-_KEPT_IN_MEMORY = 128
+from mcrage.privacy import counts
+from mcrage.refusals import OF_FAULT
+from mcrage.training.local import TrainingConfig, train_steps
+from mcrage.training.private import DPSGDConfig, PatientRows, RoundKeys, train_privately
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ class Site:
         name: Lower-case letters, digits, ``-`` and ``_``; at most 64.
         data_path: Its table.
         schema_path: Its data dictionary.
+        private_dir: Its policy, ledger and secret.
         num_threads: Threads of torch.
     """
 
     name: str
     data_path: Path
     schema_path: Path
+    private_dir: Path
     num_threads: int = 1
 
     @classmethod
@@ -67,7 +75,7 @@ class Site:
             return _deployed(node_config)
         if "partition-id" in node_config:
             return _simulated(node_config, RunConfig.parse(run_config))
-        raise ConfigError("the node configuration names no site: set site, data-path and schema-path")
+        raise ConfigError("the node configuration names no site: set site, data-path, schema-path and private-dir")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(SITE_NAME, self.name):
@@ -75,56 +83,156 @@ class Site:
 
     def describe(self, instruction: DescribeInstruction) -> SiteDescription:
         """What the server may know about the training rows before training."""
-        schema, train, _ = self._tables(instruction.test_fraction)
+        schema = self._schema(instruction)
+        events = []
+        if instruction.dp:
+            events.append(counts.group_counts_event(schema, epsilon=instruction.count_epsilon))
+            if instruction.marginals:
+                events.append(counts.marginals_event(schema, noise=instruction.histogram_noise))
+        release = self._protection.charge(instruction, events, dataset=self._dataset)
+        train, _ = self._tables(instruction.test_fraction)
         return SiteDescription(
             site=self.name,
             schema_fingerprint=schema.fingerprint,
             schema_text=schema.to_json(),
-            group_counts=releasable_counts(train, schema.attributes),
-            marginals=Marginals.of(train, schema) if instruction.marginals else None,
+            group_counts=_group_counts(train, schema, instruction, release),
+            marginals=_marginals(train, schema, instruction, release) if instruction.marginals else None,
             versions=_versions(),
         )
 
     def train(self, instruction: TrainInstruction) -> SiteUpdate:
         """Takes the asked steps from the parameters that came, with an optimiser that starts anew each round."""
         torch.set_num_threads(self.num_threads)
-        model = self._model(instruction)
-        encoded = _encoded(self._key(instruction.test_fraction), instruction.description, instruction.seed)
-        update = model.train_locally(
-            encoded,
-            steps=range(instruction.first_step, instruction.first_step + instruction.local_steps),
-            config=TrainingConfig(
-                batch_size=instruction.batch_size,
-                learning_rate=instruction.learning_rate,
-                warmup_steps=instruction.warmup_steps,
-                total_steps=instruction.total_steps,
-                proximal_mu=instruction.proximal_mu,
-            ),
-            generator=rng.torch_stream(instruction.seed, "train", self.name, instruction.server_round),
+        schema = self._schema(instruction)
+        model = _model(instruction, schema)
+        config = TrainingConfig(
+            batch_size=instruction.batch_size,
+            learning_rate=instruction.learning_rate,
+            warmup_steps=instruction.warmup_steps,
+            total_steps=instruction.total_steps,
+            proximal_mu=instruction.proximal_mu,
         )
-        return SiteUpdate(server_round=instruction.server_round, loss=update.loss, parameters=update.parameters)
+        loss = (self._train_privately if instruction.dp else self._train)(instruction, model, config)
+        return SiteUpdate(server_round=instruction.server_round, loss=loss, parameters=model.parameters())
 
-    def evaluate(self, instruction: EvaluateInstruction) -> SiteLoss:
-        """Loss on the test rows; the same draws in every round, so that rounds can be compared."""
+    def evaluate(self, instruction: EvaluateInstruction) -> SiteLoss | SiteScores:
+        """Loss on the test rows, or under privacy noisy counts of what the label model says of the test patients.
+
+        The loss has the same draws in every round, so that rounds can be compared.
+        """
         torch.set_num_threads(self.num_threads)
-        model = self._model(instruction)
-        _, _, test = self._tables(instruction.test_fraction)
+        schema = self._schema(instruction)
+        model = _model(instruction, schema)
+        events = [counts.scores_event(schema, epsilon=instruction.score_epsilon)] if instruction.dp else []
+        release = self._protection.charge(instruction, events, dataset=self._dataset)
+        _, test = self._tables(instruction.test_fraction)
+        if instruction.dp:
+            noisy = counts.noisy_scores(
+                test,
+                schema,
+                model.event_probabilities(test),
+                epsilon=instruction.score_epsilon,
+                key=release.key("scores"),
+            )
+            return SiteScores(server_round=instruction.server_round, counts=noisy.histogram.astype(np.float64))
         loss = model.loss(test, random_state=rng.derive(instruction.seed, "evaluate", self.name))
         return SiteLoss(server_round=instruction.server_round, loss=loss)
 
-    def _model(self, instruction: TrainInstruction | EvaluateInstruction) -> CDDPM:
-        schema, _, _ = self._tables(instruction.test_fraction)
-        model = _model(instruction.description)
-        if model.schema_.fingerprint != schema.fingerprint:
-            raise SchemaError("the model is for tables of another schema than this site's")
+    def account(self, instruction: AccountInstruction) -> SiteAccount:
+        """What the ledger says; it reads no row."""
+        return SiteAccount(account=self._protection.account(instruction.run))
+
+    def _train(self, instruction: TrainInstruction, model: CDDPM, config: TrainingConfig) -> float | None:
+        self._protection.charge(instruction, [], dataset=self._dataset)
+        encoded = tables.encoded(self._key(instruction.test_fraction), instruction.description, instruction.seed)
+        losses = train_steps(
+            model.network_,
+            model.diffusion_,
+            encoded,
+            config=config,
+            steps=_steps(instruction),
+            generator=rng.torch_stream(instruction.seed, "train", self.name, instruction.server_round),
+        )
+        loss = float(np.mean(list(losses)))
+        return loss if self._protection.policy.data.release_loss else None
+
+    def _train_privately(self, instruction: TrainInstruction, model: CDDPM, config: TrainingConfig) -> None:
+        privacy = DPSGDConfig(
+            noise_multiplier=instruction.noise_multiplier,
+            sample_rate=instruction.sample_rate,
+            max_grad_norm=instruction.max_grad_norm,
+            draws=instruction.draws,
+            patients=self._protection.policy.privacy.declared_patients,
+        )
+        event = privacy.event(instruction.local_steps)
+        release = self._protection.charge(instruction, [event], dataset=self._dataset)
+        key = self._key(instruction.test_fraction)
+        encoded, patients = tables.encoded_by_row(key, instruction.description, release.spreading)
+        train_privately(
+            model.network_,
+            model.diffusion_,
+            PatientRows(encoded, patients),
+            config=config,
+            privacy=privacy,
+            keys=RoundKeys(release.key("sampling"), release.key("noise")),
+            steps=_steps(instruction),
+        )
+
+    def _schema(self, instruction: DescribeInstruction | TrainInstruction | EvaluateInstruction) -> TableSchema:
+        """The data dictionary, once the policy has allowed the instruction."""
+        schema = TableSchema.load(self.schema_path)
+        self._protection.check(instruction, schema)
+        return schema
+
+    @property
+    def _protection(self) -> Protection:
+        return Protection(self.private_dir, self.name, self.num_threads)
+
+    @property
+    def _dataset(self) -> str:
+        return tables.fingerprint(tables.stamp(self.data_path), tables.stamp(self.schema_path))
+
+    def _tables(self, test_fraction: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        _, train, test = tables.split(self._key(test_fraction))
+        return train, test
+
+    def _key(self, test_fraction: float) -> tables.TableKey:
+        return tables.TableKey(self.name, tables.stamp(self.data_path), tables.stamp(self.schema_path), test_fraction)
+
+
+def _model(instruction: TrainInstruction | EvaluateInstruction, schema: TableSchema) -> CDDPM:
+    """The model that came; whatever is wrong with it is known before a row is read."""
+    try:
+        model = tables.model(instruction.description)
+    except MessageError as error:
+        raise RefusedError(2203, str(error)) from None
+    if model.schema_.fingerprint != schema.fingerprint:
+        raise RefusedError(2204, "the model is for tables of another schema than this site's")
+    try:
         model.load_parameters(instruction.parameters)
-        return model
+    except ParameterError as error:
+        raise RefusedError(OF_FAULT[error.fault], str(error)) from None
+    return model
 
-    def _tables(self, test_fraction: float) -> tuple[TableSchema, pd.DataFrame, pd.DataFrame]:
-        return _tables(self._key(test_fraction))
 
-    def _key(self, test_fraction: float) -> "_TableKey":
-        return _TableKey(self.name, _stamp(self.data_path), _stamp(self.schema_path), test_fraction)
+def _steps(instruction: TrainInstruction) -> range:
+    return range(instruction.first_step, instruction.first_step + instruction.local_steps)
+
+
+def _group_counts(
+    train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
+) -> GroupCounts:
+    if not instruction.dp:
+        return releasable_counts(train, schema.attributes)
+    return counts.noisy_group_counts(train, schema, epsilon=instruction.count_epsilon, key=release.key("counts"))
+
+
+def _marginals(
+    train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
+) -> Marginals:
+    if not instruction.dp:
+        return Marginals.of(train, schema)
+    return counts.noisy_marginals(train, schema, noise=instruction.histogram_noise, key=release.key("histograms"))
 
 
 def releasable_counts(table: pd.DataFrame, columns: tuple[Column, ...]) -> GroupCounts:
@@ -154,59 +262,16 @@ def _gives_away(exact: GroupCounts, hidden: set[Group]) -> Group | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """A file as it was when it was read: another time or size is another file."""
-
-    path: Path
-    modified_ns: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _TableKey:
-    site: str
-    data: _Stamp
-    schema: _Stamp
-    test_fraction: float
-
-
-def _stamp(path: Path) -> _Stamp:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror}") from None
-    return _Stamp(path, status.st_mtime_ns, status.st_size)
-
-
-# A simulation asks the same process hundreds of times: reading once per file saves more than training costs.
-@lru_cache(maxsize=_KEPT_IN_MEMORY)
-def _tables(key: _TableKey) -> tuple[TableSchema, pd.DataFrame, pd.DataFrame]:
-    schema = TableSchema.load(key.schema.path)
-    train, test = split_by_patient(read_table(key.data.path, schema), schema, test_fraction=key.test_fraction)
-    return schema, train, test
-
-
-@lru_cache(maxsize=_KEPT_IN_MEMORY)
-def _encoded(key: _TableKey, description: str, seed: int) -> EncodedTable:
-    _, train, _ = _tables(key)
-    return _model(description).transform.encode(train, generator=rng.stream(seed, "encode", key.site))
-
-
-@lru_cache(maxsize=1)
-def _model(description: str) -> CDDPM:
-    return CDDPM.from_description(description)
-
-
 def _deployed(node_config: Mapping[str, Scalar]) -> Site:
-    missing = [key for key in ("data-path", "schema-path") if not isinstance(node_config.get(key), str)]
+    keys = ("data-path", "schema-path", "private-dir")
+    missing = [key for key in keys if not isinstance(node_config.get(key), str)]
     num_threads = node_config.get("num-threads", 1)
     if missing:
-        raise ConfigError(f"the node configuration lacks {' and '.join(missing)}: give paths on this machine")
+        raise ConfigError(f"the node configuration lacks {', '.join(missing)}: give paths on this machine")
     if type(num_threads) is not int or num_threads < 1:
         raise ConfigError(f"num-threads: expected a whole number of at least 1, it is {num_threads!r}")
-    data_path, schema_path = Path(str(node_config["data-path"])), Path(str(node_config["schema-path"]))
-    return Site(str(node_config["site"]), data_path, schema_path, num_threads)
+    data_path, schema_path, private_dir = (Path(str(node_config[key])) for key in keys)
+    return Site(str(node_config["site"]), data_path, schema_path, private_dir, num_threads)
 
 
 def _simulated(node_config: Mapping[str, Scalar], config: RunConfig) -> Site:
@@ -218,7 +283,8 @@ def _simulated(node_config: Mapping[str, Scalar], config: RunConfig) -> Site:
         nodes = node_config.get("num-partitions")
         raise ConfigError(f"site-dir has {len(files)} tables for {nodes} nodes: run with num-supernodes={len(files)}")
     data_path = files[int(node_config["partition-id"])]
-    return Site(data_path.stem, data_path, folder / "schema.json", config.execution.num_threads)
+    private_dir = pretend_private_folder(folder, data_path.stem, data_path)
+    return Site(data_path.stem, data_path, folder / "schema.json", private_dir, config.execution.num_threads)
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from mcrage import rng
 from mcrage.data.marginals import Marginals
 from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
-from mcrage.data.transform import Constraint, EncodedTable, TableTransform, check_table
+from mcrage.data.transform import Constraint, TableTransform, check_table
 from mcrage.diffusion.calibration import calibrate, rows_per_round
 from mcrage.diffusion.losses import mean_loss, row_losses
 from mcrage.diffusion.network import ModelConfig, RowNetwork, check_parameters
@@ -38,7 +38,7 @@ from mcrage.memory import require_memory
 from mcrage.progress import ProgressReport
 from mcrage.storage import StoredModel
 from mcrage.training.length import default_batch_size, default_learning_rate, default_steps, opening
-from mcrage.training.local import Averaged, LocalUpdate, TrainingConfig, train_steps
+from mcrage.training.local import Averaged, TrainingConfig, train_steps
 
 FORMAT = 4
 _NUMERIC_LIMIT = 6.0  # model numbers reach ±6, the normal quantiles of 1e-9
@@ -72,6 +72,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     Attributes:
         schema_: The data dictionary, once fitted.
         transform: The map between tables and tensors, once fitted.
+        network_, diffusion_: What is trained, and its loss; the network's parameters may move from outside.
         steps_, batch_size_: Training steps of :meth:`fit`, and rows per step.
         history_: Mean loss of each tenth of the training.
         repairs_: What the schema's rules did to the rows that were sampled last.
@@ -156,19 +157,19 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         said = opening(steps, len(encoded), is_default=not self.steps)
         progress = ProgressReport("training", steps, enabled=self.verbose > 0, every=every, opening=said)
         with progress, self._placed():
-            average = Averaged(self._network, training.ema_decay)
+            average = Averaged(self.network_, training.ema_decay)
             for loss in train_steps(
-                self._network,
-                self._diffusion,
+                self.network_,
+                self.diffusion_,
                 encoded.to(self.device),
                 config=training,
                 steps=range(steps),
                 generator=rng.torch_stream(self.random_state, "train", device=self.device),
             ):
-                average.update(self._network)
+                average.update(self.network_)
                 losses.append(loss)
                 progress.advance(f"loss {np.mean(losses[-every:]):.3f}")
-            average.copy_to(self._network)
+            average.copy_to(self.network_)
         self.calibrate(steps * batch_size)
         self.history_ = [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))]
         return self
@@ -211,7 +212,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         """Mean loss on rows that were not trained on, the denoiser's with the condition given in full."""
         self._require_fitted()
         rows = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
-        return mean_loss(self._network, self._diffusion, rows, generator=rng.torch_stream(random_state, "loss"))
+        return mean_loss(self.network_, self.diffusion_, rows, generator=rng.torch_stream(random_state, "loss"))
 
     def row_losses(
         self, table: pd.DataFrame, *, times: tuple[float, ...], draws: int, random_state: int
@@ -220,38 +221,32 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         self._require_fitted()
         encoded = self.transform.encode(table, generator=rng.stream(random_state, "encode"))
         generator = rng.torch_stream(random_state)
-        return row_losses(self._network, self._diffusion, encoded, times=times, draws=draws, generator=generator)
+        return row_losses(self.network_, self.diffusion_, encoded, times=times, draws=draws, generator=generator)
 
     def label_losses(self, table: pd.DataFrame) -> NDArray[np.float32] | None:
         """The label model's loss of each row; None where there is no label."""
         self._require_fitted()
-        if self._network.label is None:
+        if self.network_.label is None:
             return None
         encoded = self.transform.encode(table, generator=rng.stream(0, "encode"))
-        return self._network.label.loss(encoded).detach().numpy()
+        return self.network_.label.loss(encoded).detach().numpy()
+
+    def event_probabilities(self, table: pd.DataFrame) -> NDArray[np.float32]:
+        """What the label model says of each row: the probability of the event.
+
+        Raises:
+            SchemaError: If the schema has no label.
+        """
+        self._require_fitted()
+        target = self.schema_.target
+        assert self.network_.label is not None, "a schema with a target has a label model"
+        encoded = self.transform.encode_spread(table, np.zeros((self.transform.layout.num_numeric, len(table))))
+        second = torch.sigmoid(self.network_.label(encoded.codes, encoded.covariates)).detach().numpy()
+        return second if target.levels.index(target.positive_level) == 1 else 1 - second
 
     def untrained(self) -> "CDDPM":
         """The same network, with the same encoding of rows, before its training."""
         return CDDPM.from_description(self.describe())
-
-    def train_locally(
-        self, encoded: EncodedTable, *, steps: range, config: TrainingConfig, generator: torch.Generator
-    ) -> LocalUpdate:
-        """One round at one site: trains in place from the current parameters.
-
-        Args:
-            encoded: The site's rows.
-            steps: Global numbers of the steps to take, which place them on the learning rate's path.
-            config: How parameters move.
-            generator: Draws everything that is random.
-
-        Returns:
-            The trained parameters and the mean loss; nothing else is in it.
-        """
-        losses = list(
-            train_steps(self._network, self._diffusion, encoded, config=config, steps=steps, generator=generator)
-        )
-        return LocalUpdate(self.parameters(), float(np.mean(losses)))
 
     def calibrate(self, trained_rows: int) -> None:
         """Brings levels and numbers to the released histograms, in place; without histograms it does nothing.
@@ -265,8 +260,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             anything = self.transform.constrain(rows, None)
             self._quantiles: Tensor | None = None
             self._quantiles = calibrate(
-                self._network.denoiser,
-                self._diffusion,
+                self.network_.denoiser,
+                self.diffusion_,
                 lambda generator: list(self._solve(anything, generator)),
                 generator=rng.torch_stream(self.random_state, "calibrate", device=self.device),
             )
@@ -274,7 +269,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
     def parameters(self) -> dict[str, NDArray[np.float32]]:
         """Copies of all trainable parameters, in a fixed order."""
         self._require_fitted()
-        return {name: value.detach().numpy().copy() for name, value in self._network.named_parameters()}
+        return {name: value.detach().numpy().copy() for name, value in self.network_.named_parameters()}
 
     def load_parameters(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
         """Replaces all trainable parameters.
@@ -283,7 +278,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
             MessageError: If names, shapes, dtypes or values are not those of a model like this one.
         """
         self._require_fitted()
-        own = dict(self._network.named_parameters())
+        own = dict(self.network_.named_parameters())
         check_parameters(parameters, {name: tuple(value.shape) for name, value in own.items()})
         with torch.no_grad():
             for name, value in own.items():
@@ -356,7 +351,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         solve = dpm_solver if self.sampler == "dpm-solver" else ancestral
         for start in range(0, max(len(asked.attributes), 1), _SAMPLE_ROWS):
             part = asked.rows(slice(start, start + _SAMPLE_ROWS))
-            net, diffusion, wanted = self._network.denoiser, self._diffusion, part.to(self.device)
+            net, diffusion, wanted = self.network_.denoiser, self.diffusion_, part.to(self.device)
             with self._placed(), torch.inference_mode():
                 estimate = guided_estimate(net, diffusion, wanted, guidance=self.guidance, numeric_limit=_NUMERIC_LIMIT)
                 rows, steps = len(part.attributes), self.sampling_steps
@@ -368,10 +363,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
 
     def _labels(self, asked: Constraint, z: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
         """The label of each row: as asked for, else drawn given the rest of the row."""
-        if self._network.label is None:
+        if self.network_.label is None:
             return torch.zeros(len(z), dtype=torch.int64)
         given = asked.attributes[:, -1]
-        drawn = self._network.label.draw(levels, self.transform.covariates(z, levels), generator)
+        drawn = self.network_.label.draw(levels, self.transform.covariates(z, levels), generator)
         return torch.where(given < 0, drawn, given)
 
     def _build(self, schema: TableSchema, marginals: Marginals | None, config: ModelConfig) -> None:
@@ -379,10 +374,10 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         self.config_ = config
         self.transform = TableTransform(schema, marginals)
         layout = self.transform.layout
-        self._diffusion = TabularDiffusion(layout, log_prior=self.transform.log_prior(), config=config.diffusion)
+        self.diffusion_ = TabularDiffusion(layout, log_prior=self.transform.log_prior(), config=config.diffusion)
         generator = rng.torch_stream(self.random_state, "initialise")
         self._quantiles = None
-        self._network = RowNetwork(self.transform, width=config.width, depth=config.depth, generator=generator)
+        self.network_ = RowNetwork(self.transform, width=config.width, depth=config.depth, generator=generator)
 
     def _check_settings(self) -> None:
         if self.sampler not in ("dpm-solver", "ancestral"):
@@ -393,7 +388,7 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         require_placement(self.device, self.precision)
 
     def _placed(self) -> AbstractContextManager[None]:
-        return placed(self._network, self._diffusion, self.device, self.precision)
+        return placed(self.network_, self.diffusion_, self.device, self.precision)
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "schema_"):

@@ -1,7 +1,8 @@
 """The settings of one federated run: frozen, read once from a flat mapping of scalars, checked at once.
 
-Three kinds that are never mixed: :class:`FederationConfig` changes the result, :class:`ExecutionConfig` only when and
-how fast it comes, :class:`PlacesConfig` says where things live. Flower's run configuration is one flat mapping with
+Four kinds that are never mixed: :class:`FederationConfig` changes the result, :class:`PrivacyConfig` is what the
+guarantee rests on, :class:`ExecutionConfig` changes only when and how fast the result comes, :class:`PlacesConfig` says
+where things live. Flower's run configuration is one flat mapping with
 kebab-case keys, so every field has a key of its own: ``local_steps`` is ``local-steps``.
 """
 
@@ -96,6 +97,39 @@ class FederationConfig(_Section):
         return self.num_server_rounds * self.local_steps
 
 
+class PrivacyConfig(_Section):
+    """What the privacy guarantee rests on: all of it public, and the same at every site.
+
+    Attributes:
+        dp: Whether everything that leaves a site has to be differentially private, the unit being a patient.
+        dp_epsilon: What one site's patients may pay for the run, at ``dp_delta``; the noise multiplier follows from
+            it. 0 takes ``dp_noise_multiplier`` as it is.
+        dp_delta: δ of the guarantee, well below one over a site's patients.
+        dp_noise_multiplier: Standard deviation of the noise on a step's summed gradients over the clipping norm.
+        dp_sample_rate: Probability that a patient takes part in a step. Few large steps beat many small ones.
+        dp_max_grad_norm: Clipping norm of a patient's gradient.
+        dp_draws: Noise levels per patient and step (Dockhorn et al., 2023); they cost time, not privacy.
+        dp_count_epsilon: ε of the numbers of patients by group, which a site releases once a run.
+        dp_histogram_noise: Standard deviation of the noise on every cell of the one-way histograms; 0 for none of
+            them.
+        dp_score_epsilon: ε of the test patients' scores by group and label, at each measurement; 0 measures nothing.
+        dp_noise_seed: Root of all noise in a simulation that has to repeat itself; such noise protects nobody, and
+            sites outside a simulation refuse it. −1 for noise from each site's own secret.
+    """
+
+    dp: bool = False
+    dp_epsilon: float = Field(default=0.0, ge=0)
+    dp_delta: float = Field(default=1e-5, gt=0, le=1e-3)
+    dp_noise_multiplier: float = Field(default=0.0, ge=0)
+    dp_sample_rate: float = Field(default=0.1, gt=0, le=0.5)
+    dp_max_grad_norm: float = Field(default=1.0, gt=0)
+    dp_draws: int = Field(default=4, ge=1)
+    dp_count_epsilon: float = Field(default=0.5, gt=0)
+    dp_histogram_noise: float = Field(default=20.0, ge=0)
+    dp_score_epsilon: float = Field(default=0.0, ge=0)
+    dp_noise_seed: int = Field(default=-1, ge=-1)
+
+
 class ExecutionConfig(_Section):
     """What changes when the result comes, not what it is.
 
@@ -119,19 +153,23 @@ class PlacesConfig(_Section):
         site_dir: Simulations only: folder of ``schema.json`` and one CSV or Parquet file per pretend hospital.
         out_dir: Folder for checkpoints, the model, metrics and the description of the run.
         resume: Whether to go on from the last checkpoint in ``out_dir``.
+        run_name: Tells runs with the same settings apart in the sites' privacy ledgers. The same name, settings and
+            table are the same releases, which cost nothing the second time.
     """
 
     site_dir: str = ""
     out_dir: str = Field(default="runs/federation", min_length=1)
     resume: bool = False
+    run_name: str = Field(default="", max_length=200)
 
 
 class RunConfig(BaseModel):
-    """The settings of one run, in their three kinds."""
+    """The settings of one run, in their four kinds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     execution: ExecutionConfig = ExecutionConfig()
     places: PlacesConfig = PlacesConfig()
 
@@ -153,21 +191,58 @@ class RunConfig(BaseModel):
             except ValidationError as error:
                 problems += [_readable(problem, given) for problem in error.errors()]
         problems += [_unknown(key, [*cls().to_flat()]) for key in unknown]
+        problems += _together(parts)
         if problems:
             raise ConfigError("\n".join(problems))
         return cls(**parts)  # type: ignore[arg-type]  # each part was validated by its own section
 
+    @property
+    def run(self) -> str:
+        """SHA-256 that names the run in messages and ledgers."""
+        # A noise multiplier that follows from epsilon names nothing of its own.
+        asked = self.privacy.model_copy(update={"dp_noise_multiplier": 0.0} if self.privacy.dp_epsilon else {})
+        parts = self.federation.fingerprint + asked.model_dump_json() + self.places.run_name
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    @property
+    def marginals(self) -> bool:
+        """Whether sites are asked for one-way histograms."""
+        return self.federation.marginals and not (self.privacy.dp and not self.privacy.dp_histogram_noise)
+
+    def measured_rounds(self) -> tuple[int, ...]:
+        """The rounds after which sites measure the model on their test patients: fixed before the first one."""
+        rounds, every = self.federation.num_server_rounds, self.federation.evaluate_every
+        if not every or (self.privacy.dp and not self.privacy.dp_score_epsilon):
+            return ()
+        return tuple(number for number in range(1, rounds + 1) if number % every == 0 or number == rounds)
+
     def to_flat(self) -> dict[str, Scalar]:
         """Every setting by its kebab-case key: what :meth:`parse` reads."""
-        sections = (self.federation, self.execution, self.places)
+        sections = (self.federation, self.privacy, self.execution, self.places)
         return {key: value for section in sections for key, value in section.model_dump(by_alias=True).items()}
 
 
 _SECTIONS: dict[str, type[_Section]] = {
     "federation": FederationConfig,
+    "privacy": PrivacyConfig,
     "execution": ExecutionConfig,
     "places": PlacesConfig,
 }
+
+
+def _together(parts: Mapping[str, _Section]) -> list[str]:
+    """What is wrong with settings that are fine one by one."""
+    privacy, federation = parts.get("privacy"), parts.get("federation")
+    if not isinstance(privacy, PrivacyConfig) or not isinstance(federation, FederationConfig) or not privacy.dp:
+        return []
+    problems = []
+    if not privacy.dp_epsilon and not privacy.dp_noise_multiplier:
+        problems.append("dp-epsilon: dp=true needs the ε that the run may cost, or dp-noise-multiplier; both are 0")
+    if privacy.dp_epsilon and privacy.dp_noise_multiplier:
+        problems.append("dp-noise-multiplier: it follows from dp-epsilon; give one of them")
+    if federation.strategy == "fedprox":
+        problems.append("strategy: fedprox pulls with gradients that have no noise; choose another one with dp=true")
+    return problems
 
 
 def _readable(problem: ErrorDetails, given: Mapping[str, Scalar]) -> str:

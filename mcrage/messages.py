@@ -1,8 +1,9 @@
 """Every field that crosses a site's border: the whole list of what a hospital is told and what it tells.
 
-To the site: :class:`DescribeInstruction`, :class:`TrainInstruction`, :class:`EvaluateInstruction`.
-From the site: :class:`SiteDescription`, :class:`SiteUpdate`, :class:`SiteLoss`, and nothing else; an error leaves as
-a code and an id.
+To the site: :class:`DescribeInstruction`, :class:`TrainInstruction`, :class:`EvaluateInstruction` and
+:class:`AccountInstruction`. From the site: :class:`SiteDescription`, :class:`SiteUpdate`, :class:`SiteLoss` or
+:class:`SiteScores`, :class:`SiteAccount`, and nothing else; an error leaves as a code and an id. Under differential
+privacy counts and scores are noisy, parameters are computed from noisy gradients, and no loss leaves.
 
 ``to_wire`` gives plain values and arrays. ``from_wire`` lets in what was agreed and nothing more: exact names, types,
 ranges, dtypes, shapes, finite numbers.
@@ -10,92 +11,91 @@ ranges, dtypes, shapes, finite numbers.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
+from pydantic import Field, SkipValidation, ValidationError
 
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import check_parameters
-from mcrage.errors import ConfigError, DataError, MessageError, SchemaError
-
-Scalar = bool | int | float | str
-Parameters = dict[str, NDArray[np.float32]]
+from mcrage.errors import (
+    BudgetExceededError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    MessageError,
+    PrivacyError,
+    RefusedError,
+    SchemaError,
+)
+from mcrage.privacy.statement import PrivacyAccount
+from mcrage.refusals import REFUSALS
+from mcrage.wire import Parameters as Parameters
+from mcrage.wire import Scalar as Scalar
+from mcrage.wire import Wire as Wire
+from mcrage.wire import WireMessage, checked, loads
 
 SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 """What a site may be called."""
 
-_SPELLING = str.maketrans("-_", "_-")
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Round = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
+_NotNegative = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class Wire:
-    """A message as plain data: scalars by kebab-case name, arrays by name."""
-
-    values: dict[str, Scalar]
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-
-class _Message(BaseModel):
-    """What all messages share: frozen, strict, and one way onto the wire."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        arbitrary_types_allowed=True,
-    )
-    array_fields: ClassVar[frozenset[str]] = frozenset({"parameters"})
-
-    def to_wire(self) -> Wire:
-        """The message as plain data."""
-        values = self.model_dump(exclude=set(self.array_fields))
-        kebab = {name.translate(_SPELLING): value for name, value in values.items()}
-        return Wire(kebab, dict(getattr(self, "parameters", {})))
-
-
-MessageT = TypeVar("MessageT", bound=_Message)
-
-
-class DescribeInstruction(_Message):
-    """Asks a site what it has: round zero.
+class Instruction(WireMessage):
+    """What every instruction says.
 
     Attributes:
-        test_fraction: Share of patients that the site keeps for testing; the rest is described.
-        marginals: Whether one-way histograms are asked for.
+        run: Which run it belongs to; a repeated instruction of the same run is the same release.
+        test_fraction: Share of patients that the site keeps for testing.
+        dp: Whether the reply has to be differentially private.
+        delta: Of the guarantee that is asked for; 0 without one.
+        noise_seed: Root of the noise in a simulation; -1 for the site's own, without which nothing is protected.
     """
 
+    run: _Sha256
     test_fraction: _Share
+    dp: bool = False
+    delta: Annotated[float, Field(ge=0, le=1e-3)] = 0.0
+    noise_seed: Annotated[int, Field(ge=-1)] = -1
+
+
+class DescribeInstruction(Instruction):
+    """Asks a site what it has, apart from the patients that it keeps for testing: round zero.
+
+    Attributes:
+        marginals: Whether one-way histograms are asked for.
+        count_epsilon: ε of the group counts.
+        histogram_noise: Standard deviation of the noise on each cell of the histograms.
+    """
+
     marginals: bool
+    count_epsilon: _NotNegative = 0.0
+    histogram_noise: _NotNegative = 0.0
 
     @classmethod
     def from_wire(cls, wire: Wire) -> "DescribeInstruction":
         """Checks every field."""
-        return _checked(cls, wire.values)
+        return checked(cls, wire.values)
 
 
-class _ModelInstruction(_Message):
+class _ModelInstruction(Instruction):
     """A model to work on.
 
     Attributes:
         server_round: Round, from 1.
         description: The untrained model: schema, transform and size as JSON. A site with another schema refuses.
-        test_fraction: Share of patients that the site keeps for testing.
         seed: Root of the random streams.
         parameters: float32 by name.
     """
 
     server_round: _Round
     description: str
-    test_fraction: _Share
     seed: Annotated[int, Field(ge=0)]
     parameters: SkipValidation[Parameters]
 
@@ -107,10 +107,14 @@ class TrainInstruction(_ModelInstruction):
         first_step: Global number of the first step.
         local_steps: Steps to take.
         total_steps: Steps of the whole run, for the learning-rate schedule.
-        batch_size: Rows per step.
+        batch_size: Rows per step, without privacy.
         learning_rate: Peak learning rate.
         warmup_steps: Steps of warm-up over the whole run.
         proximal_mu: Weight of FedProx's proximal term; 0 without it.
+        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        sample_rate: Probability that a patient takes part in a step.
+        max_grad_norm: Clipping norm of a patient's gradient.
+        draws: Noise levels per patient and step, averaged before clipping.
     """
 
     first_step: Annotated[int, Field(ge=0)]
@@ -120,23 +124,44 @@ class TrainInstruction(_ModelInstruction):
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     proximal_mu: Annotated[float, Field(ge=0)]
+    noise_multiplier: _NotNegative = 0.0
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: _NotNegative = 0.0
+    draws: Annotated[int, Field(ge=1)] = 1
 
     @classmethod
     def from_wire(cls, wire: Wire) -> "TrainInstruction":
         """Checks every value; the model checks the parameters when it loads them."""
-        return _checked(cls, wire.values, parameters=wire.arrays)
+        return checked(cls, wire.values, parameters=wire.arrays)
 
 
 class EvaluateInstruction(_ModelInstruction):
-    """Asks a site for the loss on the rows that it keeps for testing."""
+    """Asks a site for the loss on the rows that it keeps for testing, or under privacy for noisy counts of scores.
+
+    Attributes:
+        score_epsilon: ε of the counts of scores.
+    """
+
+    score_epsilon: _NotNegative = 0.0
 
     @classmethod
     def from_wire(cls, wire: Wire) -> "EvaluateInstruction":
         """Checks every value; the model checks the parameters when it loads them."""
-        return _checked(cls, wire.values, parameters=wire.arrays)
+        return checked(cls, wire.values, parameters=wire.arrays)
 
 
-class SiteDescription(_Message):
+class AccountInstruction(WireMessage):
+    """Asks a site what its ledger says, of one run and in all; no row is read for it."""
+
+    run: _Sha256
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> "AccountInstruction":
+        """Checks every field."""
+        return checked(cls, wire.values)
+
+
+class SiteDescription(WireMessage):
     """What a site tells about itself before training.
 
     Attributes:
@@ -186,22 +211,22 @@ class SiteDescription(_Message):
         if values.get("schema-fingerprint") != schema.fingerprint:
             raise MessageError("the schema's fingerprint is not that of the schema")
         values["group-counts"] = counts_from_json(str(values.get("group-counts", "")), schema)
-        values["versions"] = _loads(str(values.get("versions", "")), "versions")
+        values["versions"] = loads(str(values.get("versions", "")), "versions")
         has_marginals = values.pop("has-marginals", None)
         if not isinstance(has_marginals, bool) or (wire.arrays and not has_marginals):
             raise MessageError("histograms came without being announced")
         marginals = Marginals.from_wire(wire.arrays, schema) if has_marginals else None
-        return _checked(cls, values, marginals=marginals)
+        return checked(cls, values, marginals=marginals)
 
 
-class SiteUpdate(_Message):
-    """What a site tells after training: its parameters and the mean loss of its steps.
+class SiteUpdate(WireMessage):
+    """What a site tells after training: its parameters and, without privacy, the mean loss of its steps.
 
     There is no weight in it: weights are the server's.
     """
 
     server_round: _Round
-    loss: float
+    loss: float | None = None
     parameters: SkipValidation[Parameters]
 
     @classmethod
@@ -212,10 +237,10 @@ class SiteUpdate(_Message):
             MessageError: If anything is not as agreed.
         """
         check_parameters(wire.arrays, shapes)
-        return _checked(cls, wire.values, parameters={name: wire.arrays[name] for name in shapes})
+        return checked(cls, wire.values, parameters={name: wire.arrays[name] for name in shapes})
 
 
-class SiteLoss(_Message):
+class SiteLoss(WireMessage):
     """What a site tells about a model: its mean loss on the site's test rows."""
 
     server_round: _Round
@@ -226,10 +251,55 @@ class SiteLoss(_Message):
         """Checks every field."""
         if wire.arrays:
             raise MessageError("a loss comes without arrays")
-        return _checked(cls, wire.values)
+        return checked(cls, wire.values)
 
 
-class SiteError(_Message):
+class SiteScores(WireMessage):
+    """What a site tells about a model under privacy: noisy numbers of test patients by group, label and score bin."""
+
+    array_fields: ClassVar[frozenset[str]] = frozenset({"counts"})
+
+    server_round: _Round
+    counts: SkipValidation[NDArray[np.float64]]
+
+    def to_wire(self) -> Wire:
+        """The message as plain data."""
+        return Wire(super().to_wire().values, {"counts": self.counts})
+
+    @classmethod
+    def from_wire(cls, wire: Wire, *, shape: tuple[int, ...]) -> "SiteScores":
+        """Checks every field; the counts are whole numbers of this shape."""
+        counts = wire.arrays.get("counts")
+        if set(wire.arrays) != {"counts"} or counts is None or counts.shape != shape or counts.dtype != np.float64:
+            raise MessageError(f"expected counts of shape {shape} and nothing else")
+        if not (np.isfinite(counts).all() and (counts == np.round(counts)).all()):
+            raise MessageError("expected counts that are whole numbers")
+        return checked(cls, wire.values, counts=counts)
+
+
+class SiteAccount(WireMessage):
+    """What a site tells about its ledger: the events, which depend on no patient, and what they cost."""
+
+    array_fields: ClassVar[frozenset[str]] = frozenset({"account"})
+
+    account: SkipValidation[PrivacyAccount]
+
+    def to_wire(self) -> Wire:
+        """The message as plain data: the account as JSON."""
+        return Wire({"account": self.account.to_json()})
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> "SiteAccount":
+        """Checks every field."""
+        if wire.arrays or set(wire.values) != {"account"}:
+            raise MessageError("an account comes alone")
+        try:
+            return cls(account=PrivacyAccount.from_json(str(wire.values["account"])))
+        except PrivacyError as error:
+            raise MessageError(str(error)) from None
+
+
+class SiteError(WireMessage):
     """What a site tells about something that went wrong: the kind, and where its own log says more.
 
     Attributes:
@@ -241,13 +311,16 @@ class SiteError(_Message):
     error_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
     @classmethod
-    def of(cls, error: Exception, error_id: str) -> "SiteError":
+    def of(cls, error: BaseException, error_id: str) -> "SiteError":
         """The kind of an exception; its text stays behind."""
+        if isinstance(error, RefusedError):
+            return cls(code=error.code, error_id=error_id)
         codes = (code for code, (kind, _) in _ERRORS.items() if isinstance(error, kind))
         return cls(code=next(codes), error_id=error_id)
 
     def __str__(self) -> str:
-        return f"{_ERRORS[self.code][1]} (the site's log has error {self.error_id})"
+        words = REFUSALS[self.code] if self.code in REFUSALS else _ERRORS[self.code][1]
+        return f"{words} (the site's log has error {self.error_id})"
 
     @classmethod
     def readable(cls, code: int, reason: str | None) -> str:
@@ -258,15 +331,18 @@ class SiteError(_Message):
             return f"the site's runtime failed with code {code}"
 
 
-_ERRORS: dict[int, tuple[type[Exception], str]] = {
+_ERRORS: dict[int, tuple[type[BaseException], str]] = {
     1001: (ConfigError, "the site is not set up for this run"),
     1002: (SchemaError, "the site's schema is missing, not valid or another one"),
     1003: (DataError, "the site's table does not follow the schema"),
     1004: (MessageError, "the site could not accept the instruction"),
-    1000: (Exception, "the site failed unexpectedly"),
+    1005: (BudgetExceededError, "the site's privacy budget does not allow it"),
+    1006: (LedgerError, "the site's privacy ledger cannot be used"),
+    1007: (PrivacyError, "the site cannot protect its patients as asked"),
+    1000: (BaseException, "the site failed unexpectedly"),
 }
 
-Outgoing = SiteDescription | SiteUpdate | SiteLoss
+Outgoing = SiteDescription | SiteUpdate | SiteLoss | SiteScores | SiteAccount
 """Everything that may leave a site when all is well."""
 
 
@@ -283,7 +359,7 @@ def counts_from_json(text: str, schema: TableSchema) -> GroupCounts:
     Raises:
         MessageError: If the text is anything else.
     """
-    content = _loads(text, "group counts")
+    content = loads(text, "group counts")
     try:
         counts = {_group(levels, schema): count for levels, count in content["counts"]}
         suppressed = [_group(levels, schema) for levels in content["suppressed"]]
@@ -301,22 +377,3 @@ def _group(levels: list[list[str]], schema: TableSchema) -> Group:
     if any(level not in schema.column(name).group_levels for name, level in pairs):
         raise ValueError("not a level of the schema")
     return Group(pairs)
-
-
-def _loads(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise MessageError(f"{what}: not JSON") from None
-
-
-def _checked(cls: type[MessageT], values: Mapping[str, object], **arrays: object) -> MessageT:
-    # Hyphens and underscores change places, so that a name in the other spelling is as unknown as any other.
-    fields = {name.translate(_SPELLING): value for name, value in values.items()}
-    if fields.keys() & arrays.keys():
-        raise MessageError(f"{cls.__name__} is not as agreed: arrays came as values")
-    try:
-        return cls.model_validate({**fields, **arrays})
-    except ValidationError as error:
-        lines = [f"{str(problem['loc'][0]).translate(_SPELLING)}: {problem['msg']}" for problem in error.errors()]
-        raise MessageError(f"{cls.__name__} is not as agreed: " + "; ".join(lines)) from None

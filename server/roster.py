@@ -15,7 +15,8 @@ from mcrage.data.groups import MINIMUM_CELL, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.errors import FederationError, SchemaError
-from mcrage.messages import DescribeInstruction, SiteDescription
+from mcrage.messages import AccountInstruction, DescribeInstruction, SiteAccount, SiteDescription
+from mcrage.privacy.statement import PrivacyAccount, statement
 from server.validation import check_replies
 
 
@@ -80,11 +81,37 @@ def call_roll(grid: Grid, config: RunConfig) -> Roster:
 
 
 def _ask(grid: Grid, node_ids: list[int], config: RunConfig) -> list[Message]:
-    federation = config.federation
-    instruction = DescribeInstruction(test_fraction=federation.test_fraction, marginals=federation.marginals)
+    federation, privacy = config.federation, config.privacy
+    instruction = DescribeInstruction(
+        run=config.run,
+        test_fraction=federation.test_fraction,
+        marginals=config.marginals,
+        dp=privacy.dp,
+        delta=privacy.dp_delta if privacy.dp else 0.0,
+        noise_seed=privacy.dp_noise_seed,
+        count_epsilon=privacy.dp_count_epsilon if privacy.dp else 0.0,
+        histogram_noise=privacy.dp_histogram_noise if privacy.dp and config.marginals else 0.0,
+    )
     values = ConfigRecord(dict(instruction.to_wire().values))
     messages = [Message(RecordDict({"config": values}), node_id, "query.describe") for node_id in node_ids]
     return list(grid.send_and_receive(messages, timeout=config.execution.round_timeout_seconds))
+
+
+def collect_accounts(grid: Grid, config: RunConfig, roster: Roster) -> dict[str, PrivacyAccount]:
+    """What the ledgers of the sites say, by site; those that do not answer are left out.
+
+    Raises:
+        PrivacyError: If the epsilon that a site tells is not that of its events.
+    """
+    values = ConfigRecord(dict(AccountInstruction(run=config.run).to_wire().values))
+    asked = {roster.nodes[site]: site for site in roster.nodes}
+    messages = [Message(RecordDict({"config": values}), node_id, "query.account") for node_id in asked]
+    answers = grid.send_and_receive(messages, timeout=config.execution.round_timeout_seconds)
+    replies = check_replies(answers, asked=asked, read=SiteAccount.from_wire)
+    accounts = {site: reply.account for site, reply in replies.accepted.items()}
+    for account in accounts.values():
+        statement(account)
+    return accounts
 
 
 def _roster(described: Mapping[int, SiteDescription], absent: Mapping[str, str]) -> Roster:

@@ -5,14 +5,14 @@ round 1 whatever was done before, waits for ever below its minimum of nodes, and
 """
 
 import hashlib
-import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -20,9 +20,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvgM
 
 from mcrage.cddpm import CDDPM
-from mcrage.config import RunConfig
+from mcrage.config import PrivacyConfig, RunConfig
 from mcrage.data.groups import GroupCounts
 from mcrage.data.marginals import Marginals
+from mcrage.data.schema import TableSchema
 from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import CheckpointError, ConfigError, FederationError
@@ -31,38 +32,25 @@ from mcrage.messages import (
     EvaluateInstruction,
     Parameters,
     SiteLoss,
+    SiteScores,
     SiteUpdate,
     TrainInstruction,
     Wire,
     counts_from_json,
     counts_to_json,
 )
+from mcrage.privacy.counts import SCORE_EDGES
+from mcrage.privacy.statement import PrivacyAccount
+from server.budget import with_noise
 from server.checkpoints import Checkpoint, CheckpointFolder
-from server.roster import Roster, call_roll, total_counts
+from server.records import MetricsFile as MetricsFile
+from server.records import RoundRecord as RoundRecord
+from server.roster import Roster, call_roll, collect_accounts, total_counts
 from server.strategy import RoundGrid, aggregate, make_strategy, restore_state, state_of, to_record
 from server.validation import Replies, check_replies
 
 _LOG = logging.getLogger("mcrage.server")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """What happened in one round.
-
-    Attributes:
-        server_round: Number, from 1.
-        losses: Mean training loss by site.
-        held_out: Loss of the averaged model on the test rows by site; empty where it was not measured.
-        dropped: Sites that did not take part, with the reason.
-        seconds: Wall-clock time.
-    """
-
-    server_round: int
-    losses: Mapping[str, float]
-    held_out: Mapping[str, float]
-    dropped: Mapping[str, str]
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +64,7 @@ class FederationResult:
         marginals: One-way histograms summed over the sites; None without them.
         history: One record per round.
         absent: Nodes that took no part in the run, with the reason.
+        accounts: What the sites' privacy ledgers say after the run, by site; empty without privacy.
     """
 
     model: CDDPM
@@ -84,6 +73,7 @@ class FederationResult:
     marginals: Marginals | None
     history: tuple[RoundRecord, ...]
     absent: Mapping[str, str]
+    accounts: Mapping[str, PrivacyAccount] = field(default_factory=dict)
 
 
 Progress = Callable[[RoundRecord], None]
@@ -109,7 +99,7 @@ def run_federation(grid: Grid, config: RunConfig, *, progress: Progress | None =
         record = loop.next_round()
         if progress is not None:
             progress(record)
-    return loop.result()
+    return replace(loop.result(), accounts=loop.accounts())
 
 
 class RoundLoop:
@@ -122,7 +112,7 @@ class RoundLoop:
     """
 
     def __init__(self, grid: Grid, config: RunConfig, roster: Roster) -> None:
-        self._grid, self._config, self._roster = grid, config, roster
+        self._grid, self._config, self._roster = grid, with_noise(config, roster.schema), roster
         self._weights = roster.weights(config.federation.site_weights)
         out_dir = Path(config.places.out_dir)
         self._checkpoints = CheckpointFolder(out_dir / "checkpoints")
@@ -152,10 +142,13 @@ class RoundLoop:
         )
         decay = self._config.federation.ema_decay
         average = moved_average(self._state.average, parameters, decay=decay, server_round=server_round)
+        measured = self._measured(server_round, average)
         record = RoundRecord(
             server_round=server_round,
-            losses={site: update.loss for site, update in replies.accepted.items()},
-            held_out=self._held_out_losses(server_round, average),
+            sites=tuple(replies.accepted),
+            losses={site: update.loss for site, update in replies.accepted.items() if update.loss is not None},
+            held_out={site: reply.loss for site, reply in measured.items() if isinstance(reply, SiteLoss)},
+            scores={site: reply.counts.tolist() for site, reply in measured.items() if isinstance(reply, SiteScores)},
             dropped=replies.dropped,
             seconds=time.monotonic() - started,
         )
@@ -168,9 +161,7 @@ class RoundLoop:
         model.load_parameters(self._state.average)
         federation = self._config.federation
         model.set_params(random_state=federation.seed)
-        model.calibrate(
-            self.server_round * federation.local_steps * federation.batch_size * len(self._state.site_counts)
-        )
+        model.calibrate(self._rows_trained())
         schema = self._roster.schema
         site_counts = {site: counts_from_json(text, schema) for site, text in self._state.site_counts.items()}
         return FederationResult(
@@ -181,6 +172,21 @@ class RoundLoop:
             history=self._records(),
             absent=self._roster.absent,
         )
+
+    def accounts(self) -> Mapping[str, PrivacyAccount]:
+        """What the sites' privacy ledgers say, by site; empty without privacy."""
+        return collect_accounts(self._grid, self._config, self._roster) if self._config.privacy.dp else {}
+
+    def _rows_trained(self) -> int:
+        """Rows that all steps saw together, from public numbers."""
+        federation, privacy = self._config.federation, self._config.privacy
+        per_step = federation.batch_size * len(self._state.site_counts)
+        if privacy.dp:
+            patients = sum(
+                sum(counts_from_json(text, self._roster.schema).values()) for text in self._state.site_counts.values()
+            )
+            per_step = int(privacy.dp_sample_rate * patients * privacy.dp_draws)
+        return self.server_round * federation.local_steps * per_step
 
     def _begun(self) -> Checkpoint:
         """The state before the first round."""
@@ -223,7 +229,7 @@ class RoundLoop:
         return replace(latest, parameters=parameters, average=average)
 
     def _fingerprint(self) -> str:
-        parts = self._config.federation.fingerprint + self._roster.schema.fingerprint
+        parts = self._config.run + self._roster.schema.fingerprint
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def _collect_updates(self, server_round: int) -> tuple[Replies[SiteUpdate], dict[str, Message]]:
@@ -253,12 +259,10 @@ class RoundLoop:
         """The strategy's instructions, by site."""
         if not sites:
             return {}  # a strategy would wait for a node for ever
-        federation = self._config.federation
+        federation, privacy = self._config.federation, self._config.privacy
         instruction = TrainInstruction(
+            **self._common(),
             server_round=server_round,
-            description=self._state.description,
-            test_fraction=federation.test_fraction,
-            seed=federation.seed,
             parameters=self._state.parameters,
             first_step=(server_round - 1) * federation.local_steps,
             local_steps=federation.local_steps,
@@ -267,6 +271,7 @@ class RoundLoop:
             learning_rate=federation.learning_rate,
             warmup_steps=federation.warmup_steps,
             proximal_mu=federation.proximal_mu if federation.strategy == "fedprox" else 0.0,
+            **(_noise(privacy) if privacy.dp else {}),
         )
         wire = instruction.to_wire()
         if isinstance(self._strategy, FedAvgM):
@@ -277,26 +282,40 @@ class RoundLoop:
         by_node = {message.metadata.dst_node_id: message for message in messages}
         return {site: by_node[self._roster.nodes[site]] for site in sites}
 
-    def _held_out_losses(self, server_round: int, average: Parameters) -> dict[str, float]:
-        """Loss of the averaged model by site, in the rounds in which it is measured."""
-        federation = self._config.federation
-        every, is_last = federation.evaluate_every, server_round == federation.num_server_rounds
-        if not every or (server_round % every and not is_last):
+    def _measured(self, server_round: int, average: Parameters) -> Mapping[str, SiteLoss | SiteScores]:
+        """What the sites say about the averaged model, in the rounds in which it is measured."""
+        if server_round not in self._config.measured_rounds():
             return {}
+        privacy = self._config.privacy
         wire = EvaluateInstruction(
+            **self._common(),
             server_round=server_round,
-            description=self._state.description,
-            test_fraction=federation.test_fraction,
-            seed=federation.seed,
             parameters=average,
+            score_epsilon=privacy.dp_score_epsilon if privacy.dp else 0.0,
         ).to_wire()
         content = RecordDict({"config": ConfigRecord(dict(wire.values)), "arrays": to_record(wire.arrays)})
         sites = self._connected(self._roster.nodes)
         messages = {site: Message(content, self._roster.nodes[site], MessageType.EVALUATE) for site in sites}
-        replies = self._exchange(messages, sites, SiteLoss.from_wire, server_round)
+        read: Callable[[Wire], SiteLoss | SiteScores] = SiteLoss.from_wire
+        if privacy.dp:
+            read = partial(SiteScores.from_wire, shape=_scores_shape(self._roster.schema))
+        replies = self._exchange(messages, sites, read, server_round)
         for site, reason in replies.dropped.items():
-            _LOG.warning("round %d: no held-out loss of site %s: %s", server_round, site, reason)
-        return {site: reply.loss for site, reply in replies.accepted.items()}
+            _LOG.warning("round %d: site %s did not measure the model: %s", server_round, site, reason)
+        return replies.accepted
+
+    def _common(self) -> dict[str, Any]:
+        """What every instruction about the model says."""
+        federation, privacy = self._config.federation, self._config.privacy
+        return {
+            "run": self._config.run,
+            "test_fraction": federation.test_fraction,
+            "description": self._state.description,
+            "seed": federation.seed,
+            "dp": privacy.dp,
+            "delta": privacy.dp_delta if privacy.dp else 0.0,
+            "noise_seed": privacy.dp_noise_seed,
+        }
 
     def _connected(self, sites: Iterable[str]) -> list[str]:
         online = set(self._grid.get_node_ids())
@@ -329,37 +348,19 @@ class RoundLoop:
         return tuple(RoundRecord(**record) for record in self._state.history)
 
 
-class MetricsFile:
-    """A JSON line per round and site.
+def _scores_shape(schema: TableSchema) -> tuple[int, int, int]:
+    """Groups, labels and score bins of what a site tells about a model."""
+    return math.prod(len(column.group_levels) for column in schema.sensitive), 2, len(SCORE_EDGES) - 1
 
-    Args:
-        path: The file.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def restart(self, records: Iterable[RoundRecord]) -> None:
-        """Begins the file anew with the rounds that are done."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
-        for record in records:
-            self.append(record)
-
-    def append(self, record: RoundRecord) -> None:
-        """Adds the lines of one round."""
-        lines = [
-            {
-                "round": record.server_round,
-                "site": site,
-                "loss": record.losses.get(site),
-                "held_out_loss": record.held_out.get(site),
-                "dropped": record.dropped.get(site),
-            }
-            for site in sorted({*record.losses, *record.dropped})
-        ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+def _noise(privacy: PrivacyConfig) -> dict[str, Any]:
+    """What a training instruction says about noise."""
+    return {
+        "noise_multiplier": privacy.dp_noise_multiplier,
+        "sample_rate": privacy.dp_sample_rate,
+        "max_grad_norm": privacy.dp_max_grad_norm,
+        "draws": privacy.dp_draws,
+    }
 
 
 def moved_average(average: Parameters, parameters: Parameters, *, decay: float, server_round: int) -> Parameters:

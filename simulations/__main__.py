@@ -175,10 +175,10 @@ def flower(
     from simulations.flower import flwr_run
     from simulations.study import written_study
 
-    federation = _config(seed, rounds=rounds, local_steps=local_steps, settings=settings).federation
+    config = _config(seed, rounds=rounds, local_steps=local_steps, settings=settings)
     study = written_study(dataset, out / "sites", seed=seed)
     places = PlacesConfig(site_dir=str(out / "sites"), out_dir=str(out), resume=resume)
-    run_config = RunConfig(federation=federation, places=places)
+    run_config = RunConfig(federation=config.federation, privacy=config.privacy, places=places)
     if code := flwr_run(Path(__file__).parents[1], run_config, num_sites=len(study.files)):
         raise typer.Exit(code)
     typer.echo(out / "model")
@@ -238,12 +238,22 @@ def _print_settings(settings: dict[str, Any]) -> None:
 
 
 def _print_plan(config: "ExperimentConfig", places: "Places", *, dataset: str, study: "Study | None" = None) -> None:
+    from simulations.study import hospitals_of
+
     _print_settings(config.to_flat())
     for site, table in study.hospitals.tables.items() if study else ():
         typer.echo(f"hospital {site}: {len(table):,} rows")
     steps = config.federation.total_steps
     typer.echo(f"{dataset}: {steps:,} training steps at each hospital, then the evaluation; results in {places.out}")
-    typer.echo("privacy: none is claimed; hospitals release model parameters, histograms and counts of at least 11")
+    if not config.privacy.dp:
+        typer.echo("privacy: none is claimed; hospitals release model parameters, histograms and counts of at least 11")
+        return
+    from mcrage.config import RunConfig
+    from server.budget import plan_lines
+
+    schema = study.schema if study else hospitals_of(dataset, seed=config.seed).schema
+    for line in plan_lines(RunConfig(federation=config.federation, privacy=config.privacy), schema):
+        typer.echo(line)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 
 from client.app import app
+from client.pretend import PRIVATE
 from mcrage import __version__
 from mcrage.cli import write_rows
 from mcrage.config import PlacesConfig, RunConfig
@@ -33,6 +35,7 @@ from mcrage.evaluation.report import RunResults
 from mcrage.progress import ProgressReport
 from mcrage.rebalancing.rebalancer import Pool, make_pool
 from mcrage.rng import derive
+from server.app import write_card
 from server.roster import call_roll
 from server.rounds import FederationResult, RoundLoop, RoundRecord
 from simulations.arms import (
@@ -80,6 +83,7 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
         outcome, curve = _federate(study, config, places)
         _wait(local, "local model", verbose=places.verbose)
         outcome.model.save(places.out / MODEL)
+        write_card(outcome, places.out / MODEL)
         plans = _plans(sites, outcome, config)
         pools = _pools(outcome, plans, config)
         write_rows(pools[HEADLINE_ARM].table, places.out / SYNTHETIC)
@@ -124,7 +128,7 @@ def _begin(study: Study, config: ExperimentConfig, places: Places) -> None:
         raise ConfigError(f"'{places.out}' has an unfinished run: resume it, or choose another folder")
     else:
         places.out.mkdir(parents=True, exist_ok=True)
-        for part in ("federation", "local", "scores"):
+        for part in ("federation", "local", "scores", PRIVATE):
             shutil.rmtree(places.out / part, ignore_errors=True)
         for name in (RESULTS, REPORT, OWN_RESULTS, OWN_REPORT):
             (places.out / name).unlink(missing_ok=True)
@@ -168,9 +172,10 @@ def _federate(study: Study, config: ExperimentConfig, places: Places) -> tuple[F
     """The trained model, and its fidelity by round."""
     run = RunConfig(
         federation=config.federation,
+        privacy=config.privacy,
         places=PlacesConfig(out_dir=str(places.federation), resume=places.resume),
     )
-    grid = InProcessGrid(app, study.node_configs(), run)
+    grid = InProcessGrid(app, study.node_configs(places.out), run)
     loop = RoundLoop(grid, run, call_roll(grid, run))
     curve = Curve(places.federation / "fidelity.json", done=loop.server_round)
     rounds, every = config.federation.num_server_rounds, config.fidelity_every
@@ -180,7 +185,7 @@ def _federate(study: Study, config: ExperimentConfig, places: Places) -> tuple[F
             if every and (record.server_round % every == 0 or record.server_round in (1, rounds)):
                 curve.measure(record.server_round, loop.result(), seed=config.seed)
             progress.advance(_note(record, curve))
-    return loop.result(), curve.values
+    return replace(loop.result(), accounts=loop.accounts()), curve.values
 
 
 class Curve:
@@ -206,11 +211,10 @@ class Curve:
 
 
 def _note(record: RoundRecord, curve: Curve) -> str:
-    losses = list(record.losses.values())
-    note = f"loss {sum(losses) / len(losses):.3f}"
+    notes = [f"loss {record.mean_loss:.3f}"] if record.losses else []
     if record.server_round in curve.values:
-        note += f", fidelity {curve.values[record.server_round]:.3f}"
-    return note + (f", without {', '.join(record.dropped)}" if record.dropped else "")
+        notes.append(f"fidelity {curve.values[record.server_round]:.3f}")
+    return ", ".join([*notes, *([f"without {', '.join(record.dropped)}"] if record.dropped else [])])
 
 
 def _plans(sites: Sequence[SiteTables], outcome: FederationResult, config: ExperimentConfig) -> Plans:

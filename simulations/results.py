@@ -1,12 +1,13 @@
 """From scored arms to the files of a finished experiment."""
 
+import math
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from mcrage.data.schema import TableSchema
 from mcrage.evaluation.arms import SiteScores
 from mcrage.evaluation.report import ALL, HEADLINE_METRIC, RunResults
 from mcrage.evaluation.summary import Summary, summarise
+from mcrage.privacy.statement import PrivacyAccount, statements
 from mcrage.rebalancing.plan import RebalancePlan
 from mcrage.render.html import write_report
 from server.rounds import FederationResult, RoundRecord
@@ -85,6 +87,7 @@ def write_results(finished: Finished, config: ExperimentConfig, places: Places, 
         "group_sizes": _group_sizes(finished, minimum=config.minimum_cell),
         "marginals": _marginals(finished, minorities, config),
         "history": _history(finished),
+        "privacy": _privacy(finished),
     }
     run |= {
         "minority_groups": minorities,
@@ -145,13 +148,32 @@ def _history(finished: Finished) -> list[dict[str, Any]]:
     return [_round(record, finished.fidelity, names) for record in finished.outcome.history]
 
 
+def _privacy(finished: Finished) -> list[dict[str, Any]]:
+    """What the ledgers say, hospitals of which the same can be said together."""
+    names = dict(zip(finished.study.site_ids, finished.study.hospitals.tables, strict=True))
+    named = {site: replace(account, site=names[site]) for site, account in finished.outcome.accounts.items()}
+    by_name = {account.site: account for account in named.values()}
+    return [_site_privacy(sites, text, by_name[sites[0]]) for sites, text in statements(named.values()).items()]
+
+
+def _site_privacy(sites: Sequence[str], text: str, account: PrivacyAccount) -> dict[str, Any]:
+    return {
+        "site": ", ".join(sites),
+        "statement": text,
+        "since": account.since,
+        "delta": account.delta,
+        "epsilon_run": account.epsilon_run if math.isfinite(account.epsilon_run) else None,
+        "epsilon": account.epsilon if math.isfinite(account.epsilon) else None,
+        "events": tuple(event.in_words for event in account.events),
+    }
+
+
 def _round(record: RoundRecord, fidelity: Mapping[int, float], names: Mapping[str, str]) -> dict[str, Any]:
-    losses = list(record.losses.values())
     return {
         "round": record.server_round,
-        "loss": sum(losses) / len(losses),
+        "loss": record.mean_loss if record.losses else None,
         "fidelity": fidelity.get(record.server_round),
-        "sites": tuple(names[site] for site in record.losses),
+        "sites": tuple(names[site] for site in record.sites),
         "dropped": tuple(names[site] for site in record.dropped),
     }
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mcrage.config import FederationConfig, RunConfig, Scalar
+from mcrage.config import FederationConfig, PrivacyConfig, RunConfig, Scalar
 from mcrage.data.groups import MINIMUM_CELL
 from mcrage.errors import ConfigError
+
+_SECTIONS = {"federation", "privacy"}
 
 
 class ExperimentConfig(BaseModel):
@@ -17,6 +19,7 @@ class ExperimentConfig(BaseModel):
 
     Attributes:
         federation: Settings of the federation; its seed is the root of every draw.
+        privacy: What its privacy guarantee rests on; without one by default.
         target_multiple: Rows that the larger federated arm gives a group, per row that the whole federation holds of
             it. Above 1, because synthetic rows say less than real ones.
         minority_floor: Fewest rows of a group there.
@@ -30,6 +33,7 @@ class ExperimentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     target_multiple: float = Field(default=5.0, gt=0)
     minority_floor: int = Field(default=250, ge=0)
     modelled_rows: int = Field(default=10_000, ge=100)
@@ -45,7 +49,7 @@ class ExperimentConfig(BaseModel):
 
     def to_flat(self) -> dict[str, Scalar]:
         """Every setting by its name: what :func:`parse_config` reads."""
-        return self.federation.model_dump() | self.model_dump(exclude={"federation"})
+        return self.federation.model_dump() | self.privacy.model_dump() | self.model_dump(exclude=_SECTIONS)
 
 
 def parse_config(given: Mapping[str, Any]) -> ExperimentConfig:
@@ -58,17 +62,17 @@ def parse_config(given: Mapping[str, Any]) -> ExperimentConfig:
         ConfigError: With a line for every unknown key and every value that is not allowed.
     """
     flat = {key.replace("-", "_"): value for key, value in given.items()}
-    own = {key: flat.pop(key) for key in ExperimentConfig.model_fields if key != "federation" and key in flat}
-    unknown = [key for key in flat if key not in FederationConfig.model_fields]
+    own = {key: flat.pop(key) for key in ExperimentConfig.model_fields if key not in _SECTIONS and key in flat}
+    of_run = [*FederationConfig.model_fields, *PrivacyConfig.model_fields]
+    unknown = [key for key in flat if key not in of_run]
     if unknown:
-        known = [*FederationConfig.model_fields, *ExperimentConfig.model_fields]
-        known.remove("federation")
+        known = [*of_run, *(key for key in ExperimentConfig.model_fields if key not in _SECTIONS)]
         raise ConfigError(
             "\n".join(f"{key}: there is no such setting; there are {', '.join(known)}" for key in unknown)
         )
-    federation = RunConfig.parse({key.replace("_", "-"): value for key, value in flat.items()}).federation
+    run = RunConfig.parse({key.replace("_", "-"): value for key, value in flat.items()})
     try:
-        return ExperimentConfig(federation=federation, **own)
+        return ExperimentConfig(federation=run.federation, privacy=run.privacy, **own)
     except ValidationError as error:
         lines = [f"{problem['loc'][0]}: {problem['msg']}; it is {problem['input']!r}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None

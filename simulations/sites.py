@@ -7,10 +7,12 @@
       site-01.csv
       site-02.csv
       test.csv        no hospital's; optional
+      private/        made by the hospitals when they are first asked
 
 The files are what a real hospital has, so that the same reader and the same client open them.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from client.pretend import PRIVATE
 from mcrage.data.reader import read_table
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import ConfigError
@@ -56,7 +59,10 @@ def write_sites(folder: str | Path, hospitals: Hospitals) -> list[Path]:
     if spare:
         raise ConfigError(f"folder '{folder}' holds {', '.join(spare)} of other hospitals; choose an empty folder")
     for path, table in zip(paths, hospitals.tables.values(), strict=True):
+        before = path.read_bytes() if path.exists() else b""
         _write(path, table, hospitals.schema)
+        if path.read_bytes() != before:  # another table is another hospital, with a ledger of its own
+            shutil.rmtree(folder / PRIVATE / path.stem, ignore_errors=True)
     (folder / TEST_FILE).unlink(missing_ok=True)
     if hospitals.test is not None:
         _write(folder / TEST_FILE, hospitals.test, hospitals.schema)

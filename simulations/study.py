@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from client.pretend import pretend_private_folder
 from mcrage import rng
 from mcrage.config import Scalar
 from mcrage.data.reader import read_table
@@ -52,10 +53,19 @@ class Study:
         """The hospitals' names inside the federation: ``site-01`` and so on, as Flower's simulation calls them."""
         return [f"site-{number:02d}" for number in range(1, len(self.files) + 1)]
 
-    def node_configs(self) -> list[dict[str, Scalar]]:
-        """What each hospital's node is told about itself."""
+    def node_configs(self, folder: Path) -> list[dict[str, Scalar]]:
+        """What each hospital's node is told about itself.
+
+        Args:
+            folder: Where pretended private folders are, made when they are not there.
+        """
         return [
-            {"site": site, "data-path": str(path.resolve()), "schema-path": str(self.schema_path.resolve())}
+            {
+                "site": site,
+                "data-path": str(path.resolve()),
+                "schema-path": str(self.schema_path.resolve()),
+                "private-dir": str(pretend_private_folder(folder, site, path).resolve()),
+            }
             for site, path in zip(self.site_ids, self.files, strict=True)
         ]
 

@@ -164,14 +164,23 @@ class TableTransform:
         Raises:
             DataError: If a column of the schema is missing, or has cells that the schema does not allow.
         """
+        return self.encode_spread(table, generator.uniform(-0.5, 0.5, size=(len(self.codings), len(table))))
+
+    def encode_spread(self, table: pd.DataFrame, jitter: Float[np.ndarray, "num_numeric rows"]) -> EncodedTable:
+        """Tensors of a table whose rounded values are spread by given numbers in (−0.5, 0.5).
+
+        With numbers that are each row's own, a row's encoding depends on that row alone.
+
+        Raises:
+            DataError: If a column of the schema is missing, or has cells that the schema does not allow.
+        """
         check_table(table, self.schema)
         rows = len(table)
         numeric = np.zeros((rows, len(self.codings)))
         for position, coding in enumerate(self.codings):
             values = numbers(table[coding.column.name], coding.column)
             missing = np.isnan(values)
-            jitter = generator.uniform(-0.5, 0.5, size=rows)
-            numeric[:, position] = coding.encode(np.where(missing, coding.column.low, values), jitter)
+            numeric[:, position] = coding.encode(np.where(missing, coding.column.low, values), jitter[position])
             numeric[missing, position] = 0.0
         codes = np.zeros((rows, len(self.blocks)), dtype=np.int64)
         for position, block in enumerate(self.blocks):

@@ -26,6 +26,8 @@ class LabelModel(nn.Module):
     Where rows are many enough to tell interactions from chance, a small hidden layer on the same inputs adds to the
     logit: on 79,000 rows of diabetes-130 the AUROC on new patients rises from .668 to .673 (gradient boosting: .672).
 
+    ``through_layers`` asks the layers themselves, as gradients per patient need it, instead of a shorter way.
+
     Args:
         layout: Widths of the encoded row.
         log_prior: Log share of each level of each block.
@@ -51,6 +53,7 @@ class LabelModel(nn.Module):
         share = log_prior.exp()
         keep_constants(self, _share=share, _scale=(share * (1 - share) + _RARE).rsqrt())
         self._log_odds = label_log_odds
+        self.through_layers = False
         inputs = layout.num_covariates + self._blocks.levels
         self.weights = nn.Linear(inputs, 1)
         nn.init.zeros_(self.weights.weight)
@@ -67,11 +70,13 @@ class LabelModel(nn.Module):
         self, codes: Int[Tensor, "rows num_blocks"], covariates: Float[Tensor, "rows num_covariates"]
     ) -> Float[Tensor, " rows"]:
         """Log odds of the label's second level."""
-        if self.interactions is None:
+        if self.interactions is None and not self.through_layers:
             return self._additive(codes, covariates)
         levels = one_hot(codes, self._blocks.sizes).sub_(self._share).mul_(self._scale)
         inputs = torch.cat([covariates, levels], dim=1)
-        logits: Tensor = self.weights(inputs) + self.interactions(inputs)
+        logits: Tensor = self.weights(inputs)
+        if self.interactions is not None:
+            logits = logits + self.interactions(inputs)
         return logits[:, 0] + self._log_odds
 
     def _additive(

@@ -12,7 +12,7 @@ from mcrage.data.transform import TableTransform
 from mcrage.diffusion.denoiser import MLPDenoiser
 from mcrage.diffusion.label import LabelModel
 from mcrage.diffusion.tabular import DiffusionConfig
-from mcrage.errors import ConfigError, MessageError
+from mcrage.errors import ConfigError, ParameterError
 
 _LARGEST_WEIGHT = 1e3
 _LABEL_UNITS = 32
@@ -70,16 +70,21 @@ def check_parameters(parameters: Mapping[str, NDArray[np.float32]], shapes: Mapp
     """Raises unless every parameter is there, and nothing else, each float32, of its shape, finite and not huge.
 
     Raises:
-        MessageError: Naming the first parameter that is wrong, never a value of it.
+        ParameterError: Naming the first parameter that is wrong, never a value of it.
     """
-    if list(parameters) != list(shapes) and set(parameters) != set(shapes):
-        missing, extra = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
-        raise MessageError(f"parameters do not match: {len(missing)} missing {missing[:3]}, {len(extra)} unknown")
+    missing, extra = sorted(set(shapes) - set(parameters)), sorted(set(parameters) - set(shapes))
+    if missing:
+        raise ParameterError("missing", f"parameters do not match: {len(missing)} missing {missing[:3]}")
+    if extra:
+        raise ParameterError("unknown", f"parameters do not match: {len(extra)} unknown")
     for name, shape in shapes.items():
         value = parameters[name]
         if value.dtype != np.float32 or value.shape != shape:
-            raise MessageError(f"parameter '{name}': expected float32 {shape}, got {value.dtype} {value.shape}")
+            fault = "shape" if value.dtype == np.float32 else "dtype"
+            raise ParameterError(
+                fault, f"parameter '{name}': expected float32 {shape}, got {value.dtype} {value.shape}"
+            )
         if not np.isfinite(value).all():
-            raise MessageError(f"parameter '{name}' has values that are not finite")
+            raise ParameterError("finite", f"parameter '{name}' has values that are not finite")
         if np.abs(value).max(initial=0.0) > _LARGEST_WEIGHT:
-            raise MessageError(f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")
+            raise ParameterError("size", f"parameter '{name}' has values beyond ±{_LARGEST_WEIGHT:g}")

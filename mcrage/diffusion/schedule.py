@@ -34,4 +34,8 @@ class NoiseSchedule:
 
     def draw_times(self, rows: int, generator: torch.Generator) -> Float[Tensor, " rows"]:
         """Random times for training."""
-        return torch.sigmoid(self.spread * torch.randn(rows, generator=generator))
+        return self.times(torch.randn(rows, generator=generator))
+
+    def times(self, normal: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The times for training that standard normal numbers stand for."""
+        return torch.sigmoid(self.spread * normal)

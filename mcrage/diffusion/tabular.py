@@ -145,8 +145,13 @@ class TabularDiffusion(nn.Module):
         self, attributes: Int[Tensor, "batch num_attributes"], generator: torch.Generator
     ) -> Int[Tensor, "batch num_attributes"]:
         """The condition with attributes left open at random, each on its own."""
-        is_open = torch.rand(attributes.shape, generator=generator) < self.config.condition_dropout
-        return attributes.masked_fill(is_open, -1)
+        return self.open_conditions(attributes, torch.rand(attributes.shape, generator=generator))
+
+    def open_conditions(
+        self, attributes: Int[Tensor, "batch num_attributes"], uniform: Float[Tensor, "batch num_attributes"]
+    ) -> Int[Tensor, "batch num_attributes"]:
+        """The condition with those attributes left open whose uniform number is small."""
+        return attributes.masked_fill(uniform < self.config.condition_dropout, -1)
 
     def estimate(
         self,

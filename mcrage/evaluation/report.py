@@ -187,6 +187,18 @@ class Run(_Record):
     peak_memory_mb: float = Field(ge=0)
 
 
+class SitePrivacy(_Record):
+    """What the privacy ledger of a site says after the run."""
+
+    site: str
+    statement: str
+    since: str
+    delta: float
+    epsilon_run: float | None
+    epsilon: float | None
+    events: tuple[str, ...]
+
+
 class RunResults(_Record):
     """Everything that a run found; what ``results.json`` holds.
 
@@ -202,6 +214,7 @@ class RunResults(_Record):
     group_sizes: tuple[GroupSize, ...] = ()
     marginals: tuple[Marginal, ...] = ()
     history: tuple[Round, ...] = ()
+    privacy: tuple[SitePrivacy, ...] = ()
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "RunResults":

@@ -54,14 +54,15 @@ class PrivacyEvent:
     @property
     def in_words(self) -> str:
         """The event for people."""
+        counted = f"{self.steps:,} {'count' if self.steps == 1 else 'counts'} per patient"
         match self.mechanism:
             case "dp-sgd":
                 noise = f"noise multiplier {self.noise_multiplier:g}"
                 return f"{self.steps:,} steps, sample rate {self.sample_rate:g}, {noise}"
             case "discrete-gaussian":
-                return f"{self.steps:,} counts with Gaussian noise of {self.noise_multiplier:g}"
+                return f"{counted} with Gaussian noise of standard deviation {self.noise_multiplier:g}"
             case "discrete-laplace":
-                return f"{self.steps:,} counts with Laplace noise of scale {self.noise_multiplier:g}"
+                return f"{counted} with Laplace noise of scale {self.noise_multiplier:g}"
             case _:
                 return "a release without noise"
 

@@ -144,6 +144,7 @@ def _context(results: RunResults) -> dict[str, Any]:
     run = results.run
     return {
         "run": run,
+        "privacy": results.privacy,
         "schema_version": results.schema_version,
         "answer": answer_word(results),
         "headline": headline(results),

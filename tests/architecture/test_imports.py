@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,10 @@ def test_the_library_works_without_flower_and_ray() -> None:
 def test_the_applications_resolve_inside_the_repository(package: str) -> None:
     # Others ship modules of these names; they must not win.
     assert Path(str(importlib.import_module(package).__file__)).parent == ROOT / package
+
+
+def test_one_file_imports_opacus() -> None:
+    pattern = re.compile(r"^\s*(?:from|import) opacus", re.MULTILINE)
+    folders = ("mcrage", "client", "server", "simulations")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if pattern.search(path.read_text())]
+    assert [str(path.relative_to(ROOT)) for path in found] == ["mcrage/privacy/dpsgd.py"]

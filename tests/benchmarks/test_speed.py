@@ -40,7 +40,7 @@ def test_every_product_of_a_training_step_is_recorded() -> None:
     with speed.recorded() as products:
         model = CDDPM(width=32, depth=2, steps=3, batch_size=64).fit(table, diabetes130.SCHEMA)
 
-    layers = {id(layer): layer for layer in model._network.denoiser.modules() if isinstance(layer, nn.Linear)}
+    layers = {id(layer): layer for layer in model.network_.denoiser.modules() if isinstance(layer, nn.Linear)}
     assert {product.layer for product in products} == set(layers)
     for product in products:
         layer = layers[product.layer]

@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ def instruction() -> Message:
     return Message(RecordDict({"config": ConfigRecord({"x": 1})}), 7, "train")
 
 
-def raising(error: Exception) -> Callable[[], Outgoing]:
+def raising(error: BaseException) -> Callable[[], Outgoing]:
     def work() -> Outgoing:
         raise error
 
@@ -35,17 +36,39 @@ def test_a_permitted_reply_leaves_whole(instruction: Message) -> None:
     np.testing.assert_array_equal(reply.content.array_records["arrays"]["w"].numpy(), parameters["w"])
 
 
-def test_the_text_of_an_error_stays_in_the_log_of_the_site(
-    instruction: Message, caplog: pytest.LogCaptureFixture
+def test_the_text_of_an_error_stays_in_a_file_of_the_site(
+    instruction: Message, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    with caplog.at_level(logging.ERROR, logger="mcrage.site"):
-        reply = answer(instruction, raising(ValueError(CANARY)))
+    log = tmp_path / "debug.log"
+    with caplog.at_level(logging.DEBUG):
+        reply = answer(instruction, raising(ValueError(CANARY)), log=log)
     assert reply.has_error()
     assert CANARY not in repr(reply)
     assert CANARY.encode() not in reply.deflate()
     assert reply.error.code == 1000
-    assert CANARY in caplog.text
+    assert CANARY not in caplog.text
     assert str(reply.error.reason) in caplog.text
+    kept = log.read_text(encoding="utf-8")
+    assert CANARY in kept
+    assert str(reply.error.reason) in kept
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_text_that_cannot_be_kept_is_lost_and_the_reply_is_the_same(
+    instruction: Message, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    for log in (None, tmp_path / "nowhere" / "debug.log"):
+        assert answer(instruction, raising(ValueError(CANARY)), log=log).error.code == 1000
+    assert CANARY not in caplog.text
+    assert "could not be kept (ENOENT)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(CANARY), GeneratorExit(CANARY), BaseExceptionGroup(CANARY, [KeyError(1)])]
+)
+def test_an_error_of_any_kind_leaves_as_a_code(instruction: Message, error: BaseException) -> None:
+    reply = answer(instruction, raising(error))
+    assert (reply.error.code, CANARY in repr(reply)) == (1000, False)
 
 
 def test_the_kind_of_an_error_leaves(instruction: Message) -> None:
@@ -68,11 +91,10 @@ def test_an_error_while_the_reply_is_made_is_an_error_too(instruction: Message) 
 
 
 def test_an_interrupt_is_not_swallowed(instruction: Message) -> None:
-    def work() -> Outgoing:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        answer(instruction, work)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        answer(instruction, raising(KeyboardInterrupt(CANARY)))
+    assert CANARY not in repr(caught.value)
+    assert caught.value.__suppress_context__
 
 
 def test_an_instruction_comes_in_as_plain_data(instruction: Message) -> None:

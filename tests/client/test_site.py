@@ -1,6 +1,8 @@
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.pretend import pretend_private_folder
 from client.site import Site, releasable_counts
 from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig, Scalar
@@ -16,24 +19,37 @@ from mcrage.data.reader import read_table
 from mcrage.data.schema import TableSchema
 from mcrage.data.split import split_by_patient
 from mcrage.diffusion.network import ModelConfig
-from mcrage.errors import ConfigError, SchemaError
+from mcrage.errors import ConfigError, LedgerError, RefusedError
 from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
 
-DESCRIBE = DescribeInstruction(test_fraction=0.3, marginals=True)
+RUN = "a" * 64
+DESCRIBE = DescribeInstruction(run=RUN, test_fraction=0.3, marginals=True)
+
+
+Deployed = Callable[..., Site]
 
 
 @pytest.fixture
-def hospital(site_dir: Path) -> Site:
+def deployed(tmp_path: Path) -> Deployed:
+    """Makes a hospital of a table, a schema and a private folder of its own."""
+
+    def make(data: Path, schema: Path, **more: Scalar) -> Site:
+        paths = {"data-path": data, "schema-path": schema, "private-dir": tmp_path / "private" / "st-mary"}
+        pretend_private_folder(tmp_path, "st-mary", data if data.exists() else schema)
+        named: dict[str, Scalar] = {key: str(path) for key, path in paths.items()}
+        return Site.of({"site": "st-mary"} | named | more, {})
+
+    return make
+
+
+@pytest.fixture
+def hospital(deployed: Deployed, site_dir: Path) -> Site:
     return deployed(site_dir / "site-01.csv", site_dir / "schema.json")
 
 
-def deployed(data: Path, schema: Path, **more: Scalar) -> Site:
-    paths: dict[str, Scalar] = {"site": "st-mary", "data-path": str(data), "schema-path": str(schema)}
-    return Site.of(paths | more, {})
-
-
 def train_instruction(model: CDDPM, **changes: float) -> TrainInstruction:
-    steps = {
+    steps: dict[str, Any] = {
+        "run": RUN,
         "server_round": 1,
         "first_step": 0,
         "local_steps": 3,
@@ -53,7 +69,7 @@ def model(tiny_schema: TableSchema) -> CDDPM:
     return CDDPM.initialised(tiny_schema, None, config=ModelConfig(width=8, depth=1), random_state=0)
 
 
-def test_a_hospital_is_what_its_own_configuration_says(site_dir: Path) -> None:
+def test_a_hospital_is_what_its_own_configuration_says(deployed: Deployed, site_dir: Path) -> None:
     site = deployed(site_dir / "site-01.csv", site_dir / "schema.json", **{"num-threads": 2})
     assert (site.name, site.num_threads) == ("st-mary", 2)
     assert site.data_path == site_dir / "site-01.csv"
@@ -62,9 +78,13 @@ def test_a_hospital_is_what_its_own_configuration_says(site_dir: Path) -> None:
 def test_a_hospital_takes_no_path_from_the_run(site_dir: Path) -> None:
     run_config = RunConfig.parse({"site-dir": "/elsewhere"}).to_flat()
     node_config: dict[str, Scalar] = {"site": "a", "partition-id": 1, "num-partitions": 3}
-    with pytest.raises(ConfigError, match="data-path and schema-path"):
+    with pytest.raises(ConfigError, match="data-path, schema-path, private-dir"):
         Site.of(node_config, run_config)
-    paths = {"data-path": str(site_dir / "site-01.csv"), "schema-path": str(site_dir / "schema.json")}
+    paths = {
+        "data-path": str(site_dir / "site-01.csv"),
+        "schema-path": str(site_dir / "schema.json"),
+        "private-dir": "p",
+    }
     assert Site.of(node_config | paths, run_config).data_path == site_dir / "site-01.csv"
 
 
@@ -74,10 +94,10 @@ def test_a_hospital_takes_no_path_from_the_run(site_dir: Path) -> None:
         ({}, "names no site"),
         ({"site": "a", "data-path": "x"}, "lacks schema-path"),
         ({"site": "a", "data-path": 1, "schema-path": "x"}, "lacks data-path"),
-        ({"site": "../a", "data-path": "x", "schema-path": "x"}, "site name"),
-        ({"site": "A", "data-path": "x", "schema-path": "x"}, "site name"),
-        ({"site": "a" * 65, "data-path": "x", "schema-path": "x"}, "site name"),
-        ({"site": "a", "data-path": "x", "schema-path": "x", "num-threads": 0}, "num-threads"),
+        ({"site": "../a", "data-path": "x", "schema-path": "x", "private-dir": "x"}, "site name"),
+        ({"site": "A", "data-path": "x", "schema-path": "x", "private-dir": "x"}, "site name"),
+        ({"site": "a" * 65, "data-path": "x", "schema-path": "x", "private-dir": "x"}, "site name"),
+        ({"site": "a", "data-path": "x", "schema-path": "x", "private-dir": "x", "num-threads": 0}, "num-threads"),
     ],
 )
 def test_a_configuration_that_is_not_enough_is_refused(node_config: dict[str, Scalar], message: str) -> None:
@@ -113,7 +133,7 @@ def test_the_description_is_of_the_training_part(hospital: Site, tiny_schema: Ta
     assert shown <= len(train) < len(table)
     assert description.marginals is not None
     assert description.marginals["sex"].sum() == pytest.approx(len(train))
-    assert hospital.describe(DescribeInstruction(test_fraction=0.3, marginals=False)).marginals is None
+    assert hospital.describe(DescribeInstruction(run=RUN, test_fraction=0.3, marginals=False)).marginals is None
 
 
 def test_training_gives_new_parameters_and_the_same_ones_again(hospital: Site, model: CDDPM) -> None:
@@ -140,7 +160,12 @@ def test_the_loss_is_of_the_test_part_and_comparable_between_rounds(hospital: Si
     def ask(server_round: int) -> EvaluateInstruction:
         description, parameters = model.describe(), model.parameters()
         return EvaluateInstruction(
-            server_round=server_round, description=description, parameters=parameters, test_fraction=0.3, seed=4
+            run=RUN,
+            server_round=server_round,
+            description=description,
+            parameters=parameters,
+            test_fraction=0.3,
+            seed=4,
         )
 
     assert hospital.evaluate(ask(1)).loss == hospital.evaluate(ask(2)).loss
@@ -150,20 +175,22 @@ def test_a_model_of_another_schema_is_refused(hospital: Site, tiny_schema: Table
     content = tiny_schema.model_dump(mode="json")
     content["columns"][2]["maximum"] = 120
     stranger = CDDPM.initialised(TableSchema.parse(content), None, config=ModelConfig(width=8, depth=1))
-    with pytest.raises(SchemaError, match="another schema"):
+    with pytest.raises(RefusedError, match="2204: the model is for tables of another schema"):
         hospital.train(train_instruction(stranger))
 
 
-def test_a_file_that_changed_is_read_again(site_dir: Path, tmp_path: Path) -> None:
+def test_a_file_that_changed_is_read_again(deployed: Deployed, site_dir: Path, tmp_path: Path) -> None:
     data = shutil.copy(site_dir / "site-01.csv", tmp_path / "site.csv")
     site = deployed(data, site_dir / "schema.json")
     before = site.describe(DESCRIBE)
     shutil.copy(site_dir / "site-02.csv", data)
     os.utime(data, ns=(1, 1))
-    assert site.describe(DESCRIBE).to_wire().values != before.to_wire().values
+    with pytest.raises(LedgerError, match="the table changed during the run"):
+        site.describe(DESCRIBE)
+    assert site.describe(DESCRIBE.model_copy(update={"run": "b" * 64})).to_wire().values != before.to_wire().values
 
 
-def test_a_file_that_is_not_there_is_the_setup_of_the_site(site_dir: Path) -> None:
+def test_a_file_that_is_not_there_is_the_setup_of_the_site(deployed: Deployed, site_dir: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         deployed(site_dir / "none.csv", site_dir / "schema.json").describe(DESCRIBE)
 

@@ -74,3 +74,33 @@ def test_total_steps_are_those_of_all_rounds() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         RunConfig().federation.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dp": True}, "dp-epsilon"),
+        ({"dp": True, "dp-epsilon": 3.0, "strategy": "fedprox"}, "strategy"),
+        ({"dp": True, "dp-epsilon": 3.0, "dp-noise-multiplier": 1.0}, "dp-noise-multiplier"),
+        ({"dp-sample-rate": 0.0}, "dp-sample-rate"),
+        ({"dp-delta": 0.1}, "dp-delta"),
+    ],
+)
+def test_privacy_that_cannot_hold_is_refused(given: dict[str, float | str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.parse(given)
+
+
+def test_a_run_is_named_by_what_its_releases_depend_on() -> None:
+    usual = RunConfig.parse({})
+    assert usual.run == RunConfig.parse({"num-threads": 2, "out-dir": "elsewhere", "resume": True}).run
+    others = [{"run-name": "again"}, {"dp-sample-rate": 0.2}, {"seed": 1}]
+    assert len({usual.run, *(RunConfig.parse(other).run for other in others)}) == 4
+
+
+def test_rounds_are_measured_as_fixed_before_the_first_one() -> None:
+    assert RunConfig.parse({"num-server-rounds": 25}).measured_rounds() == (10, 20, 25)
+    private = {"num-server-rounds": 25, "dp": True, "dp-epsilon": 3.0}
+    assert RunConfig.parse(private).measured_rounds() == ()
+    assert RunConfig.parse(private | {"dp-score-epsilon": 0.5}).measured_rounds() == (10, 20, 25)
+    assert not RunConfig.parse(private | {"dp-histogram-noise": 0}).marginals

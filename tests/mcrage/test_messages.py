@@ -1,5 +1,5 @@
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,13 +9,25 @@ from hypothesis import strategies as st
 from mcrage.data.groups import Group, GroupCounts
 from mcrage.data.marginals import Marginals, num_cells
 from mcrage.data.schema import TableSchema
-from mcrage.errors import ConfigError, DataError, MessageError, Problem, SchemaError
+from mcrage.errors import (
+    BudgetExceededError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    MessageError,
+    PrivacyError,
+    Problem,
+    RefusedError,
+    SchemaError,
+)
 from mcrage.messages import (
     DescribeInstruction,
     EvaluateInstruction,
+    Outgoing,
     SiteDescription,
     SiteError,
     SiteLoss,
+    SiteScores,
     SiteUpdate,
     TrainInstruction,
     Wire,
@@ -25,7 +37,8 @@ from mcrage.messages import (
 
 PARAMETERS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 SHAPES = {"a": (2, 3), "b": (4,)}
-MODEL: dict[str, Any] = {"server_round": 2, "description": "{}", "test_fraction": 0.3, "seed": 1}
+RUN = "a" * 64
+MODEL: dict[str, Any] = {"run": RUN, "server_round": 2, "description": "{}", "test_fraction": 0.3, "seed": 1}
 STEPS: dict[str, Any] = {
     "first_step": 5,
     "local_steps": 5,
@@ -51,11 +64,13 @@ def description(schema: TableSchema, *, with_marginals: bool = True) -> SiteDesc
 
 
 def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) -> None:
-    fields = {kind.__name__: sorted(kind.model_fields) for kind in (SiteDescription, SiteUpdate, SiteLoss, SiteError)}
+    fields = {kind.__name__: sorted(kind.model_fields) for kind in (*get_args(Outgoing), SiteError)}
     assert fields == {
         "SiteDescription": ["group_counts", "marginals", "schema_fingerprint", "schema_text", "site", "versions"],
         "SiteUpdate": ["loss", "parameters", "server_round"],
         "SiteLoss": ["loss", "server_round"],
+        "SiteScores": ["counts", "server_round"],
+        "SiteAccount": ["account"],
         "SiteError": ["code", "error_id"],
     }
     assert sorted(description(tiny_schema).to_wire().values) == [
@@ -69,7 +84,7 @@ def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) ->
 
 
 def test_instructions_come_back_as_they_went_out() -> None:
-    describe = DescribeInstruction(test_fraction=0.3, marginals=True)
+    describe = DescribeInstruction(run=RUN, test_fraction=0.3, marginals=True)
     train = TrainInstruction(**MODEL, **STEPS, parameters=PARAMETERS)
     evaluate = EvaluateInstruction(**MODEL, parameters=PARAMETERS)
     assert DescribeInstruction.from_wire(describe.to_wire()) == describe
@@ -80,6 +95,11 @@ def test_instructions_come_back_as_they_went_out() -> None:
 def test_replies_come_back_as_they_went_out() -> None:
     update = SiteUpdate(server_round=1, loss=0.5, parameters=PARAMETERS)
     assert SiteUpdate.from_wire(update.to_wire(), shapes=SHAPES) == update
+    private = SiteUpdate(server_round=1, parameters=PARAMETERS)
+    assert "loss" not in private.to_wire().values
+    assert SiteUpdate.from_wire(private.to_wire(), shapes=SHAPES) == private
+    scores = SiteScores(server_round=1, counts=np.array([[-3.0, 5.0]]))
+    np.testing.assert_array_equal(SiteScores.from_wire(scores.to_wire(), shape=(1, 2)).counts, scores.counts)
     loss = SiteLoss(server_round=1, loss=0.5)
     assert SiteLoss.from_wire(loss.to_wire()) == loss
 
@@ -152,6 +172,16 @@ def test_a_loss_comes_without_arrays() -> None:
 
 
 @pytest.mark.parametrize(
+    "counts", [np.ones((2, 1)), np.array([[0.5, 1.0]]), np.array([[np.nan, 1.0]]), np.ones((1, 2), np.float32)]
+)
+def test_scores_that_are_no_counts_are_refused(counts: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(MessageError, match="counts"):
+        SiteScores.from_wire(Wire({"server-round": 1}, {"counts": counts}), shape=(1, 2))
+    with pytest.raises(MessageError, match="nothing else"):
+        SiteScores.from_wire(Wire({"server-round": 1}, {"counts": np.ones((1, 2)), "more": counts}), shape=(1, 2))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schema-text": "{"}, "schema is not valid"),
@@ -216,6 +246,10 @@ def test_counts_come_back_as_they_went_out(shown: dict[tuple[str, str], int]) ->
         (SchemaError("x"), 1002),
         (DataError([Problem(code="E1", rule="x", remedy="y")]), 1003),
         (MessageError("x"), 1004),
+        (BudgetExceededError("x"), 1005),
+        (LedgerError("x"), 1006),
+        (PrivacyError("x"), 1007),
+        (RefusedError(2101, "Jane Doe"), 2101),
         (ValueError("Jane Doe"), 1000),
     ],
 )

@@ -1,4 +1,5 @@
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.app import app
+from client.pretend import pretend_private_folder
 from mcrage.config import RunConfig, Scalar
 from mcrage.data.groups import Group, GroupCounts
 from mcrage.data.schema import TableSchema
@@ -21,12 +23,15 @@ CANARY = "Mrs Jane Doe 1951-02-03"
 def hospitals(
     site_dir: Path, names: Iterable[str], *, schemas: dict[str, Path] | None = None
 ) -> list[dict[str, Scalar]]:
-    schemas = schemas or {}
+    schemas, private = schemas or {}, Path(tempfile.mkdtemp(dir=site_dir))
     return [
         {
             "site": name,
             "data-path": str(site_dir / f"site-{number:02d}.csv"),
             "schema-path": str(schemas.get(name, site_dir / "schema.json")),
+            "private-dir": str(
+                pretend_private_folder(private, f"{name}-{number}", site_dir / f"site-{number:02d}.csv")
+            ),
         }
         for number, name in enumerate(names, start=1)
     ]

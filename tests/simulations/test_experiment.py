@@ -1,6 +1,7 @@
 """A tiny experiment from files to report: what it writes, that it can be repeated, killed and resumed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -158,7 +159,9 @@ def test_own_files_are_read_where_they_are_and_named_by_their_site(study: Study,
     own = own_study(study.schema_path, study.files)
     assert list(own.hospitals.tables) == list(study.hospitals.tables)
     assert own.hospitals.test is None
-    assert [Path(str(node["data-path"])) for node in own.node_configs()] == [path.resolve() for path in study.files]
+    assert [Path(str(node["data-path"])) for node in own.node_configs(tmp_path)] == [
+        path.resolve() for path in study.files
+    ]
 
 
 def test_two_files_of_one_hospital_and_a_single_hospital_are_refused(study: Study) -> None:
@@ -176,3 +179,27 @@ def test_settings_are_one_flat_mapping_and_every_wrong_one_is_named() -> None:
         parse_config({"target_multiples": 2.0})
     with pytest.raises(ConfigError, match="target_multiple"):
         parse_config({"target_multiple": -1.0})
+
+
+def test_a_private_run_states_its_guarantee_and_says_what_it_does_not_cover(study: Study, tmp_path: Path) -> None:
+    private = {"dp": True, "dp_noise_multiplier": 1.5, "dp_sample_rate": 0.2, "dp_score_epsilon": 0.5}
+    places = Places(out=tmp_path / "run", num_workers=1, verbose=False)
+    results = run_experiment(study, parse_config(SETTINGS | private), places)
+    (privacy,) = results.privacy
+    assert privacy.site == ", ".join(results.run.sites)
+    assert privacy.epsilon is not None
+    assert 1 < privacy.epsilon == privacy.epsilon_run < 20
+    assert [round_.loss for round_ in results.history] == [None, None]
+    card = (places.out / "model" / "card.md").read_text(encoding="utf-8")
+    page = (places.out / "report.html").read_text(encoding="utf-8")
+    for text in (card, page):
+        assert privacy.statement in text.replace("&#39;", "'")
+        assert "No privacy claim" not in text
+    assert "of the model and its rows, not of this report" in page
+
+
+def test_a_run_without_privacy_says_nothing_of_it(out: Path) -> None:
+    for name in ("model/card.md", "report.html"):
+        text = (out / name).read_text(encoding="utf-8")
+        assert "No privacy claim is made" in text
+        assert not re.search("differential(ly)? priva", text)

@@ -16,7 +16,7 @@ from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import PrivacyError
 from mcrage.evaluation import private_metrics
 from mcrage.evaluation.private_metrics import METRICS, MINIMUM_DENOMINATOR, Estimate, PrivateMetrics
-from mcrage.privacy.counts import SCORE_EDGES, NoisyScores, noisy_scores
+from mcrage.privacy.counts import SCORE_EDGES, NoisyScores, noisy_scores, received_scores
 from mcrage.privacy.keyed import derive
 
 KEY = bytes(range(32))
@@ -270,3 +270,13 @@ def test_all_that_returns_an_estimate_belongs_to_metrics_of_noisy_scores() -> No
     ]
     assert public == []
     assert isinstance(measured(200, 0).of(ALL)["fpr"], Estimate)
+
+
+def test_scores_that_came_over_the_wire_are_those_that_were_released() -> None:
+    table, scores = cohort(300, np.random.default_rng(2))
+    sent = noisy_scores(table, SCHEMA, scores, epsilon=0.5, key=KEY)
+    got = received_scores(sent.histogram.astype(np.float64), SCHEMA, epsilon=0.5)
+    np.testing.assert_array_equal(got.histogram, sent.histogram)
+    assert (got.groups, got.edges, got.counts.event) == (sent.groups, sent.edges, sent.counts.event)
+    with pytest.raises(PrivacyError, match="shape"):
+        received_scores(sent.histogram[:1], SCHEMA, epsilon=0.5)

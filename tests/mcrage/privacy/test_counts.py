@@ -25,7 +25,6 @@ from mcrage.privacy.counts import (
     noisy_marginals,
     noisy_scores,
     patient_rows,
-    received_scores,
     scores_event,
     without_negatives,
 )
@@ -390,15 +389,3 @@ def test_nobody_else_makes_noisy_counts_or_changes_them() -> None:
         made.values[0] = 1
     with pytest.raises(ValueError, match="read-only"):
         NoisyScores(counts=made, groups=(Group(()),), edges=(0.0, 0.5, 1.0)).counts.values[0] = 1
-
-
-def test_scores_that_came_over_the_wire_are_those_that_were_released(
-    clinic_schema: TableSchema, clinic_rows: Rows
-) -> None:
-    table = clinic_rows(300, 2)
-    sent = noisy_scores(table, clinic_schema, np.linspace(0, 1, 300), epsilon=0.5, key=KEY)
-    got = received_scores(sent.histogram.astype(np.float64), clinic_schema, epsilon=0.5)
-    np.testing.assert_array_equal(got.histogram, sent.histogram)
-    assert (got.groups, got.edges, got.counts.event) == (sent.groups, sent.edges, sent.counts.event)
-    with pytest.raises(PrivacyError, match="shape"):
-        received_scores(sent.histogram[:1], clinic_schema, epsilon=0.5)

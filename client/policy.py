@@ -1,0 +1,357 @@
+"""What a hospital allows: a TOML file that only the hospital writes, and that always wins.
+
+A request inside the policy runs as it stands; one outside is refused with a code, never changed into one that would
+pass, because then the server would believe in another run than the one that happened. Without a valid policy nothing is
+allowed. Every rule is decided before a row is read and before anything is charged.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mcrage.data.schema import TableSchema
+from mcrage.errors import RefusedError, SchemaError
+from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
+from mcrage.privacy.events import LARGEST_NOISE, LARGEST_RATE, SMALLEST_NOISE
+from mcrage.refusals import REFUSALS
+
+Instruction = DescribeInstruction | TrainInstruction | EvaluateInstruction
+Task = Literal["describe", "train", "evaluate"]
+
+_TASKS: dict[type, Task] = {DescribeInstruction: "describe", TrainInstruction: "train", EvaluateInstruction: "evaluate"}
+_MB = 2**20
+_MOST_ARRAYS = 1_000
+_MOST_CONTAINERS = 200_000  # of a description: each takes 60 bytes and more, for two characters of text
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PrivacyRules(_Section):
+    """What the hospital asks for its patients.
+
+    Attributes:
+        required: Whether everything that leaves has to be differentially private.
+        declared_patients: Public number of training patients; every update is divided by it, and δ is at most a tenth
+            over it.
+        max_epsilon_total, max_epsilon_run: Of everything for ever, and of one run.
+        max_delta: Of every epsilon here.
+        min_noise_multiplier, max_sample_rate, max_draws: Of a training step.
+        min_grad_norm, max_grad_norm: The clipping norm lies between them.
+        max_steps_round, max_steps_run, max_rounds_run: Length of a training.
+        max_count_epsilon, max_score_epsilon: Of the group counts, and of the scores of the test patients.
+        min_histogram_noise: Standard deviation on every cell of the one-way histograms.
+        allow_histograms: Whether one-way histograms may leave.
+        max_releases: Events in the ledger, for ever.
+        allow_simulated_noise: Whether noise may come from a seed, which protects nobody.
+    """
+
+    required: bool = True
+    declared_patients: int = Field(default=0, ge=0)
+    max_epsilon_total: float = Field(default=10.0, gt=0)
+    max_epsilon_run: float = Field(default=3.0, gt=0)
+    max_delta: float = Field(default=1e-5, gt=0, le=1e-3)
+    min_noise_multiplier: float = Field(default=0.5, ge=SMALLEST_NOISE)
+    max_sample_rate: float = Field(default=0.5, gt=0, le=LARGEST_RATE)
+    max_draws: int = Field(default=32, ge=1)
+    min_grad_norm: float = Field(default=1e-3, gt=0)
+    max_grad_norm: float = Field(default=100.0, gt=0)
+    max_steps_round: int = Field(default=1_000, ge=1)
+    max_steps_run: int = Field(default=20_000, ge=1)
+    max_rounds_run: int = Field(default=1_000, ge=1)
+    max_count_epsilon: float = Field(default=1.0, gt=0)
+    max_score_epsilon: float = Field(default=1.0, gt=0)
+    min_histogram_noise: float = Field(default=5.0, ge=SMALLEST_NOISE)
+    allow_histograms: bool = True
+    max_releases: int = Field(default=10_000, ge=1)
+    allow_simulated_noise: bool = False
+
+    @model_validator(mode="after")
+    def _declared(self) -> "PrivacyRules":
+        if self.required and not self.declared_patients:
+            raise ValueError("declared_patients: give the public number of training patients")
+        if self.required and self.allow_simulated_noise:
+            raise ValueError("allow_simulated_noise: noise from a seed protects nobody, so required must be false")
+        return self
+
+
+class DataRules(_Section):
+    """What may be done with which columns.
+
+    Attributes:
+        tasks: What may be asked.
+        allowed_columns: Columns that may be modelled; empty for all of the schema.
+        min_test_fraction, max_test_fraction: The share of test patients lies between them.
+        release_loss: Whether a loss may leave in a run without privacy; with privacy none does.
+    """
+
+    tasks: tuple[Task, ...] = ("describe", "train", "evaluate")
+    allowed_columns: tuple[str, ...] = ()
+    min_test_fraction: float = Field(default=0.05, gt=0, lt=1)
+    max_test_fraction: float = Field(default=0.5, gt=0, lt=1)
+    release_loss: bool = False
+
+
+class ModelRules(_Section):
+    """How large a model and its training may be.
+
+    Attributes:
+        max_width, max_depth: Of the network.
+        max_description_mb: Of the text that describes it, in 2^20 characters.
+        max_parameters: Numbers that come with it, as float32.
+        max_learning_rate, max_batch_size: Of a training step.
+    """
+
+    max_width: int = Field(default=1024, ge=1)
+    max_depth: int = Field(default=8, ge=1)
+    max_description_mb: int = Field(default=16, ge=1)
+    max_parameters: int = Field(default=20_000_000, ge=1)
+    max_learning_rate: float = Field(default=1.0, gt=0)
+    max_batch_size: int = Field(default=65_536, ge=1)
+
+
+class SitePolicy(_Section):
+    """A hospital's policy; see :meth:`load` and :meth:`check`."""
+
+    privacy: PrivacyRules
+    data: DataRules = DataRules()
+    model: ModelRules = ModelRules()
+
+    @classmethod
+    def load(cls, path: Path) -> "SitePolicy":
+        """The policy in a file that nobody but its owner may write.
+
+        Raises:
+            RefusedError: With code 2001 if there is none, or anything in it or about it is not as it has to be.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise RefusedError(2001, f"policy '{path}' cannot be read: {error.strerror}") from None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o022 or status.st_uid not in (0, os.getuid()):
+                raise RefusedError(2001, f"policy '{path}' must be a file of root or this user, writable by no other")
+            if status.st_size > _MB:
+                raise RefusedError(2001, f"policy '{path}' must have at most {_MB:,} bytes, it has {status.st_size:,}")
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                text = file.read()
+        finally:
+            os.close(descriptor)
+        return cls._parse(text, path)
+
+    @classmethod
+    def _parse(cls, text: bytes, path: Path) -> "SitePolicy":
+        try:
+            return cls.model_validate_json(json.dumps(tomllib.loads(text.decode("utf-8"))))
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+            raise RefusedError(2001, f"policy '{path}': " + "; ".join(lines)) from None
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RefusedError(2001, f"policy '{path}' is not TOML of plain values: {reason}") from None
+
+    @classmethod
+    def simulated(cls, *, declared_patients: int) -> "SitePolicy":
+        """The policy of a pretend hospital, which allows everything that can be accounted for."""
+        no_limit = 1e6
+        privacy = PrivacyRules(
+            required=False,
+            declared_patients=declared_patients,
+            max_epsilon_total=no_limit,
+            max_epsilon_run=no_limit,
+            min_noise_multiplier=0.3,
+            max_steps_round=1_000_000,
+            max_steps_run=1_000_000,
+            max_rounds_run=1_000_000,
+            max_draws=1024,
+            max_count_epsilon=100.0,
+            max_score_epsilon=100.0,
+            min_histogram_noise=0.3,
+            max_releases=1_000_000,
+            allow_simulated_noise=True,
+        )
+        data = DataRules(min_test_fraction=1e-12, max_test_fraction=1 - 1e-12, release_loss=True)
+        model = ModelRules(max_width=4096, max_depth=32, max_parameters=200_000_000, max_learning_rate=1e3)
+        return cls(privacy=privacy, data=data, model=model)
+
+    def to_toml(self) -> str:
+        """The policy as :meth:`load` reads it."""
+        lines = ["# What this hospital allows. Outside it everything is refused; without this file, everything is."]
+        for section, rules in self.model_dump(mode="json").items():
+            lines += ["", f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in rules.items())]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def delta(self) -> float:
+        """δ of the ledger: at most a tenth over the declared patients."""
+        patients = self.privacy.declared_patients
+        return min(self.privacy.max_delta, 0.1 / patients) if patients else self.privacy.max_delta
+
+    def check(self, instruction: Instruction, schema: TableSchema) -> None:
+        """Raises unless the instruction is allowed as it stands.
+
+        Raises:
+            RefusedError: With the code of the first rule that it breaks.
+        """
+        code = next(self._broken(instruction, schema), None)
+        if code is not None:
+            asked = instruction.model_dump(exclude={"description", "parameters"})
+            raise RefusedError(code, f"{REFUSALS[code]}; policy {self.fingerprint[:12]}, asked for {asked}")
+
+    def _broken(self, instruction: Instruction, schema: TableSchema) -> Iterator[int]:
+        """Codes of broken rules, cheap ones first; what comes after the first may rest on it."""
+        yield from self._general(instruction, schema)
+        yield from self._privacy(instruction)
+        if isinstance(instruction, TrainInstruction):
+            yield from self._training(instruction)
+        if isinstance(instruction, TrainInstruction | EvaluateInstruction):
+            yield from self._model(instruction, schema)
+
+    def _general(self, instruction: Instruction, schema: TableSchema) -> Iterator[int]:
+        data = self.data
+        if _TASKS[type(instruction)] not in data.tasks:
+            yield 2002
+        if self.privacy.required and not instruction.dp:
+            yield 2003
+        if instruction.noise_seed >= 0 and not self.privacy.allow_simulated_noise:
+            yield 2004
+        if data.allowed_columns and any(column.name not in data.allowed_columns for column in schema.modelled):
+            yield 2005
+        if not data.min_test_fraction <= instruction.test_fraction <= data.max_test_fraction:
+            yield 2006
+        if isinstance(instruction, EvaluateInstruction) and not instruction.dp and not data.release_loss:
+            yield 2008
+
+    def _privacy(self, instruction: Instruction) -> Iterator[int]:
+        if _has_settings(instruction) != instruction.dp:
+            yield 2007
+        if not instruction.dp:
+            return
+        if instruction.delta <= 0:
+            yield 2106
+        if instruction.delta > self.delta:
+            yield 2105
+        if isinstance(instruction, DescribeInstruction):
+            yield from self._counts(instruction)
+        elif isinstance(instruction, TrainInstruction):
+            yield from self._protected_training(instruction)
+        else:
+            yield from self._scores(instruction)
+
+    def _counts(self, instruction: DescribeInstruction) -> Iterator[int]:
+        if not 0 < instruction.count_epsilon <= self.privacy.max_count_epsilon:
+            yield 2113
+        if instruction.marginals and not self.privacy.allow_histograms:
+            yield 2116
+        if instruction.marginals and instruction.histogram_noise < self.privacy.min_histogram_noise:
+            yield 2114
+        if not instruction.marginals and instruction.histogram_noise:
+            yield 2007
+
+    def _scores(self, instruction: EvaluateInstruction) -> Iterator[int]:
+        if not 0 < instruction.score_epsilon <= self.privacy.max_score_epsilon:
+            yield 2115
+
+    def _protected_training(self, instruction: TrainInstruction) -> Iterator[int]:
+        yield from self._noise(instruction)
+        if not self.privacy.declared_patients:
+            yield 2123
+        if instruction.proximal_mu > 0:
+            yield 2122
+
+    def _noise(self, instruction: TrainInstruction) -> Iterator[int]:
+        privacy = self.privacy
+        if instruction.noise_multiplier < privacy.min_noise_multiplier:
+            yield 2101
+        if instruction.noise_multiplier > LARGEST_NOISE:
+            yield 2102
+        if instruction.sample_rate <= 0:
+            yield 2104
+        if instruction.sample_rate > privacy.max_sample_rate:
+            yield 2103
+        if not privacy.min_grad_norm <= instruction.max_grad_norm <= privacy.max_grad_norm:
+            yield 2107
+        if instruction.draws > privacy.max_draws:
+            yield 2108
+
+    def _training(self, instruction: TrainInstruction) -> Iterator[int]:
+        privacy = self.privacy
+        if instruction.local_steps > privacy.max_steps_round:
+            yield 2109
+        if instruction.server_round > privacy.max_rounds_run:
+            yield 2110
+        if instruction.total_steps > privacy.max_steps_run:
+            yield 2111
+        if instruction.first_step + instruction.local_steps > instruction.total_steps:
+            yield 2112
+        if instruction.learning_rate > self.model.max_learning_rate:
+            yield 2120
+        if instruction.batch_size > self.model.max_batch_size:
+            yield 2121
+
+    def _model(self, instruction: TrainInstruction | EvaluateInstruction, schema: TableSchema) -> Iterator[int]:
+        rules, text, arrays = self.model, instruction.description, instruction.parameters.values()
+        if len(text) > rules.max_description_mb * _MB:
+            yield 2202
+        if len(arrays) > _MOST_ARRAYS or sum(array.nbytes for array in arrays) > 4 * rules.max_parameters:
+            yield 2307
+        described = _described(text)
+        if described is None:
+            yield 2203
+            return
+        width, depth, described_schema = described
+        if width > rules.max_width or depth > rules.max_depth:
+            yield 2201
+        if not _is_schema(described_schema, schema):
+            yield 2204
+
+
+def _has_settings(instruction: Instruction) -> bool:
+    """Whether an instruction says anything about its noise."""
+    names = ("count_epsilon", "histogram_noise", "score_epsilon", "noise_multiplier", "sample_rate", "max_grad_norm")
+    has_noise = any(getattr(instruction, name, 0.0) for name in names)
+    # Without privacy δ and draws say something that does not belong there; alone they are no privacy.
+    return has_noise or (not instruction.dp and (instruction.delta > 0 or getattr(instruction, "draws", 1) > 1))
+
+
+def _described(description: str) -> tuple[int, int, object] | None:
+    """Width, depth and schema of a described model, of which nothing is built; None if the text describes none."""
+    if description.count("{") + description.count("[") > _MOST_CONTAINERS:
+        return None
+    try:
+        content: Any = json.loads(description)
+        width, depth, schema = content["config"]["width"], content["config"]["depth"], content["schema"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    is_size = type(width) is int and type(depth) is int and width > 0 and depth > 0
+    return (width, depth, schema) if is_size else None
+
+
+def _is_schema(content: Any, schema: TableSchema) -> bool:
+    """Whether this is the content of a schema; one with more columns or rules is not even parsed."""
+    try:
+        lengths = len(content["columns"]), len(content.get("rules", ()))
+        if lengths != (len(schema.columns), len(schema.rules)):
+            return False
+        return TableSchema.parse(content).fingerprint == schema.fingerprint
+    except (KeyError, TypeError, ValueError, AttributeError, SchemaError):
+        return False
+
+
+def _toml(value: object) -> str:
+    """A value as TOML: JSON but for two kinds of characters in texts."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

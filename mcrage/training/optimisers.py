@@ -1,0 +1,113 @@
+"""How parameters move, whatever their gradients come from: AdamW for the denoiser, descent for the label model.
+
+Shape: all parameters of a part of the network are one vector.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mcrage.diffusion.network import RowNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How parameters move.
+
+    Attributes:
+        total_steps: Steps of the whole training, over which the learning rate falls to zero.
+        batch_size: Rows per step.
+        learning_rate: Highest learning rate of AdamW.
+        warmup_steps: Steps over which the learning rate rises.
+        weight_decay: AdamW's.
+        clip_norm: Largest norm of a step's gradient.
+        label_learning_rate: Highest learning rate of the label model, by gradient descent with momentum: Adam's steps,
+            scaled by what each site sees, would not meet where the gradients of all sites cancel.
+        interaction_learning_rate, interaction_decay: Highest learning rate and weight decay of AdamW for the label
+            model's hidden layer, if it has one.
+        proximal_mu: Weight of FedProx's pull towards the incoming parameters (Li et al., 2020, eq. 2).
+        ema_decay: Decay of the averaged parameters in training without a federation.
+    """
+
+    total_steps: int
+    batch_size: int = 512
+    learning_rate: float = 5e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    label_learning_rate: float = 2e-3
+    interaction_learning_rate: float = 1e-3
+    interaction_decay: float = 1.0
+    proximal_mu: float = 0.0
+    ema_decay: float = 0.995
+
+    def rate(self, step: int) -> float:
+        """Share of the highest learning rate at a global step: linear warm-up, then linear decay."""
+        warmup = max(min(self.warmup_steps, self.total_steps // 10), 1)
+        return min((step + 1) / warmup, max(1.0 - step / self.total_steps, 0.0))
+
+
+class Optimisers:
+    """The parts of a network and what moves each of them.
+
+    Args:
+        network: Its parameters move, and hold their gradients in ``grad``.
+        config: How.
+    """
+
+    def __init__(self, network: RowNetwork, config: TrainingConfig) -> None:
+        self._config = config
+        self.denoiser = Flat(network.denoiser)
+        self.parts = [self.denoiser]
+        self._optimisers = [(_adam(self.denoiser, config.weight_decay), config.learning_rate)]
+        if network.label is not None:
+            self.parts.append(Flat(network.label.weights))
+            self._optimisers.append(_descent(self.parts[-1], config))
+            if network.label.interactions is not None:
+                self.parts.append(Flat(network.label.interactions))
+                adam = _adam(self.parts[-1], config.interaction_decay)
+                self._optimisers.append((adam, config.interaction_learning_rate))
+
+    def zero(self) -> None:
+        """Forgets all gradients."""
+        for part in self.parts:
+            part.gradient.zero_()
+
+    def step(self, step: int) -> None:
+        """Moves all parameters, at the rate of a global step."""
+        for optimiser, highest in self._optimisers:
+            optimiser.param_groups[0]["lr"] = highest * self._config.rate(step)
+            optimiser.step()
+
+
+class Flat:
+    """All parameters of a module in one vector, and their gradients in another.
+
+    The module's parameters become views of it: one call instead of one per layer clips, and one moves them.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        parameters = list(module.parameters())
+        self.values = torch.nn.Parameter(torch.nn.utils.parameters_to_vector(parameters).detach())
+        self.gradient = self.values.grad = torch.zeros_like(self.values)
+        torch.nn.utils.vector_to_parameters(self.values, parameters)
+        parts = torch.split(self.gradient, [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def clip(self, largest: float) -> None:
+        """Shortens the gradient to this norm where it is longer."""
+        self.gradient.mul_((largest / (self.gradient.norm() + 1e-6)).clamp_(max=1.0))
+
+
+def _adam(part: Flat, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([part.values], weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def _descent(label: Flat, config: TrainingConfig) -> tuple[torch.optim.Optimizer, float]:
+    """Gradient descent with momentum, and its highest learning rate.
+
+    Standardised inputs have a curvature of at most their number: steps beyond its inverse may diverge.
+    """
+    highest = min(config.label_learning_rate, 1.0 / label.values.numel())
+    return torch.optim.SGD([label.values], lr=highest, momentum=0.9), highest

@@ -1,0 +1,63 @@
+"""What a run will cost the patients of one site, known from its settings before anything is touched."""
+
+from mcrage.config import RunConfig
+from mcrage.data.schema import TableSchema
+from mcrage.privacy.accounting import calibrate_noise_multiplier, epsilon
+from mcrage.privacy.counts import group_counts_event, marginals_event, scores_event
+from mcrage.privacy.events import PrivacyEvent
+
+
+def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
+    """The settings with the noise multiplier that their epsilon asks for; as they are where they name it.
+
+    Raises:
+        PrivacyError: If no noise multiplier is enough.
+    """
+    privacy = config.privacy
+    if not privacy.dp or privacy.dp_noise_multiplier:
+        return config
+    noise_multiplier = calibrate_noise_multiplier(
+        epsilon=privacy.dp_epsilon,
+        delta=privacy.dp_delta,
+        sample_rate=privacy.dp_sample_rate,
+        steps=config.federation.total_steps,
+        also=_counted(config, schema),
+    )
+    return config.model_copy(update={"privacy": privacy.model_copy(update={"dp_noise_multiplier": noise_multiplier})})
+
+
+def planned_events(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:
+    """Everything that a site will be charged for: training, counts, histograms, scores."""
+    privacy = config.privacy
+    if not privacy.dp:
+        return (PrivacyEvent(mechanism="unprotected"),)
+    training = PrivacyEvent(
+        mechanism="dp-sgd",
+        noise_multiplier=privacy.dp_noise_multiplier,
+        sample_rate=privacy.dp_sample_rate,
+        steps=config.federation.total_steps,
+    )
+    return (training, *_counted(config, schema))
+
+
+def planned_epsilon(config: RunConfig, schema: TableSchema) -> float:
+    """Epsilon of one site's patients for the whole run; infinite without privacy."""
+    return epsilon(planned_events(with_noise(config, schema), schema), delta=config.privacy.dp_delta)
+
+
+def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
+    """What the run would cost, in words, before anything is touched."""
+    config = with_noise(config, schema)
+    lines = [f"privacy: {event.in_words}" for event in planned_events(config, schema)]
+    if config.privacy.dp_noise_seed >= 0:
+        return [*lines, "privacy: the noise comes from a seed, so that nothing is protected and nothing is claimed"]
+    cost, delta = planned_epsilon(config, schema), config.privacy.dp_delta
+    return [*lines, f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run"]
+
+
+def _counted(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:
+    privacy = config.privacy
+    counts = group_counts_event(schema, epsilon=privacy.dp_count_epsilon)
+    histograms = (marginals_event(schema, noise=privacy.dp_histogram_noise),) if config.marginals else ()
+    scores = tuple(scores_event(schema, epsilon=privacy.dp_score_epsilon) for _ in config.measured_rounds())
+    return (counts, *histograms, *scores)

@@ -1,0 +1,62 @@
+from collections.abc import Callable
+
+import pytest
+
+from mcrage.config import RunConfig
+from mcrage.data.schema import TableSchema
+from mcrage.errors import PrivacyError
+from mcrage.privacy.accounting import epsilon
+from server.budget import plan_lines, planned_epsilon, planned_events, with_noise
+
+PRIVATE = {"dp": True, "dp-epsilon": 3.0, "dp-score-epsilon": 0.25, "dp-sample-rate": 0.2, "num-server-rounds": 20}
+
+
+@pytest.fixture
+def private() -> Callable[..., RunConfig]:
+    def make(**changes: float) -> RunConfig:
+        return RunConfig.parse(PRIVATE | {name.replace("_", "-"): value for name, value in changes.items()})
+
+    return make
+
+
+def test_the_noise_follows_from_the_epsilon_of_everything_together(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema
+) -> None:
+    config = with_noise(private(), tiny_schema)
+    events = planned_events(config, tiny_schema)
+    assert [event.mechanism for event in events] == ["dp-sgd", "discrete-laplace", "discrete-gaussian"] + [
+        "discrete-laplace"
+    ] * 2
+    assert 2.9 < epsilon(events, delta=1e-5) <= 3.0
+    assert planned_epsilon(private(), tiny_schema) == epsilon(events, delta=1e-5)
+    # power: a little less noise costs more than was asked for
+    noise = 0.97 * config.privacy.dp_noise_multiplier
+    less = config.model_copy(update={"privacy": config.privacy.model_copy(update={"dp_noise_multiplier": noise})})
+    assert epsilon(planned_events(less, tiny_schema), delta=1e-5) > 3.0
+
+
+def test_a_run_keeps_its_name_when_its_noise_is_worked_out(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema
+) -> None:
+    assert with_noise(private(), tiny_schema).run == private().run != private(dp_epsilon=2.0).run
+
+
+def test_noise_that_is_named_stays_as_it_is(private: Callable[..., RunConfig], tiny_schema: TableSchema) -> None:
+    config = private(dp_epsilon=0.0, dp_noise_multiplier=2.0)
+    assert with_noise(config, tiny_schema) == config
+    assert with_noise(RunConfig(), tiny_schema) == RunConfig()
+
+
+def test_an_epsilon_that_no_noise_reaches_is_refused_before_anything_is_touched(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema
+) -> None:
+    with pytest.raises(PrivacyError, match="epsilon"):
+        with_noise(private(dp_epsilon=0.01), tiny_schema)
+
+
+def test_the_plan_says_what_a_run_would_cost(private: Callable[..., RunConfig], tiny_schema: TableSchema) -> None:
+    lines = plan_lines(private(), tiny_schema)
+    assert "epsilon = 3.00" in lines[-1] or "epsilon = 2.9" in lines[-1]
+    assert lines[0].startswith("privacy: 600 steps, sample rate 0.2, noise multiplier ")
+    assert "nothing is claimed" in plan_lines(private(dp_noise_seed=1), tiny_schema)[-1]
+    assert planned_events(RunConfig(), tiny_schema)[0].mechanism == "unprotected"
