@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrage import budget
+from mcrage import audit_cli, budget
 from mcrage.errors import ConfigError, DataError, McrageError, PrivacyError, Problem
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(help="Records for minority groups from a model that all hospit
 schema_app = typer.Typer(help="Draft, check and compare data dictionaries.", **_SETTINGS)
 app.add_typer(schema_app, name="schema")
 app.add_typer(budget.app, name="budget")
+app.add_typer(audit_cli.app, name="audit")
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 

@@ -1,8 +1,9 @@
 """What a model and its rows give away about the rows that it was trained on: measured attacks, never a guarantee.
 
-Three measures, each against a *hold-out*: rows of the same distribution that the model has not seen.
+Four measures, each against a *hold-out*: rows of the same distribution that the model has not seen.
 
 * :func:`membership_attacks`: from the model's loss on a row, was the row trained on? AUC, .5 is a guess.
+* :func:`density_ratio`: from the generated rows around a row, the same.
 * :func:`exact_copies`: how many generated rows are a training row, and how many a row of an equally large hold-out.
 * :func:`closest_records`: how many generated rows are nearer to a training row than to any row of an equally large
   hold-out; half is perfect. That finds copying and nothing subtler: it is no evidence of privacy (Yao et al., 2025).
@@ -13,14 +14,15 @@ Shape: losses (rows, times, draws) of :meth:`mcrage.CDDPM.row_losses`; m generat
 (m, n), a few rows at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.optimize import brentq
+from scipy.stats import beta, binom, rankdata
 
 from mcrage.data.schema import TableSchema
 from mcrage.evaluation.fidelity import model_matrix
@@ -37,9 +39,16 @@ FALSE_ALARMS = 0.01
 MINIMUM_ROWS = 20
 """Fewest rows of each kind: below it the standard errors, all for large samples, are wrong."""
 
+FEWEST_ALARMS = round(1 / FALSE_ALARMS)
+"""Fewest rows of the hold-out for a true positive rate: fewer have no row that may be named in error."""
+
+NEIGHBOURS = 10
+"""Nearest rows that give a density: as good as any number up to it, on the simulated cohort and on diabetes-130."""
+
 _Z = 1.96
 _CELLS = 1 << 21  # distances at a time: 16 MB
 _TIE = 1e-9  # sums of equal parts in another order differ by less
+_NEAR = 1e-3  # of one column: rows that are nearer count as equal
 _LEAST_LOSS = 0.05  # of the yardstick: below it a share says nothing
 
 Floats = NDArray[np.floating]
@@ -53,16 +62,20 @@ class Measured:
         value: None where it could not be computed.
         error: Standard error; 0 where there is no value.
         reason: Why there is no value.
+        bounds: 95 % interval where it is not symmetric.
     """
 
     value: float | None
     error: float = 0.0
     reason: str = ""
+    bounds: tuple[float, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval; None where there is no value."""
-        return None if self.value is None else (self.value - _Z * self.error, self.value + _Z * self.error)
+        if self.value is None or self.bounds is not None:
+            return self.bounds
+        return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Attack:
     """How well a score tells members from others.
 
     Attributes:
-        name: ``loss``, ``calibrated loss`` or ``label``.
+        name: ``loss``, ``calibrated loss`` or ``label``; :mod:`mcrage.evaluation.membership` has more.
         auc: Probability that a member scores above another row, ties half; .5 is a guess.
         tpr: Share of the members that the attack finds while it names 1 % of the others.
     """
@@ -140,26 +153,36 @@ def membership_attacks(
         reference: A model trained on rows that are in neither table, for a better informed attacker.
         random_state: Seed of the noise.
     """
-
-    def losses(of: Attackable, table: pd.DataFrame) -> Floats:
-        return of.row_losses(table, times=ATTACK_TIMES, draws=ATTACK_DRAWS, random_state=random_state)
-
     few = _too_few({"members": len(members), "others": len(others)})
     if few is not None:
         return [Attack("loss", few, few)]
-    both = [losses(model, table).mean(axis=2) for table in (members, others)]
-    yardstick = [losses(reference or model.untrained(), table).mean(axis=2) for table in (members, others)]
-    shares = [own / (other + _LEAST_LOSS) for own, other in zip(both, yardstick, strict=True)]
-    spread = np.maximum(np.concatenate(shares).std(axis=0), np.finfo(np.float32).tiny)
-    scores = {
-        "loss": [-own.mean(axis=1) for own in both],
-        "calibrated loss": [-(share / spread).mean(axis=1) for share in shares],
-    }
-    labels = [model.label_losses(table) for table in (members, others)]
-    if labels[0] is not None and labels[1] is not None:
-        scores["label"] = [-labels[0], -labels[1]]
-    attacks = [Attack(name, auc(*pair), _true_positives(*pair)) for name, pair in scores.items()]
+    table = pd.concat([members, others], ignore_index=True)
+    losses = losses_at_times(model, table, random_state=random_state)
+    yardstick = losses_at_times(reference or model.untrained(), table, random_state=random_state)
+    scores = {"loss": -losses.mean(axis=1), "calibrated loss": -calibrated(losses, yardstick)}
+    labels = model.label_losses(table)
+    if labels is not None:
+        scores["label"] = -labels
+    attacks = [attack(name, score[: len(members)], score[len(members) :]) for name, score in scores.items()]
     return sorted(attacks, key=lambda attack: -(attack.auc.value or 0.0))
+
+
+def losses_at_times(model: Attackable, table: pd.DataFrame, *, random_state: int) -> Floats:
+    """Each row's loss at the times of the attack, the mean over draws; shape (rows, times)."""
+    losses = model.row_losses(table, times=ATTACK_TIMES, draws=ATTACK_DRAWS, random_state=random_state)
+    return np.asarray(losses.mean(axis=2))
+
+
+def calibrated(losses: Floats, yardstick: Floats) -> Floats:
+    """Losses as shares of another model's, each time with the same say; shape (rows,)."""
+    shares = losses / (yardstick + _LEAST_LOSS)
+    spread = np.maximum(shares.std(axis=0), np.finfo(np.float32).tiny)
+    return np.asarray((shares / spread).mean(axis=1))
+
+
+def attack(name: str, members: Floats, others: Floats) -> Attack:
+    """What a score achieves, given for members and others."""
+    return Attack(name, auc(members, others), true_positives(members, others))
 
 
 def auc(members: Floats, others: Floats) -> Measured:
@@ -172,6 +195,31 @@ def auc(members: Floats, others: Floats) -> Measured:
     below = 1 - (ranks[len(members) :] - rankdata(others)) / len(members)
     variance = above.var(ddof=1) / len(members) + below.var(ddof=1) / len(others)
     return Measured(float(above.mean()), float(np.sqrt(variance)))
+
+
+def true_positives(members: Floats, others: Floats) -> Measured:
+    """Share of the members above the score that 1 % of the others exceed.
+
+    The interval is a Bayesian one (Jeffreys' prior) that does not take that score as known: of n others a binomial
+    number k exceeds it, so that it lies between the k-th and the next, where half of the members between are found.
+    """
+    few = _too_few({"members": len(members), "others": len(others)})
+    if few is not None:
+        return few
+    if len(others) < FEWEST_ALARMS:
+        return Measured(None, reason=f"needs at least {FEWEST_ALARMS} others")
+    ranked = np.sort(others)[::-1]
+    limits = ranked[: int(binom.ppf(1 - 1e-6, len(others), FALSE_ALARMS)) + 1]
+    found = len(members) - np.searchsorted(np.sort(members), limits, side="right")
+    weights = binom.pmf(np.arange(len(limits)), len(others), FALSE_ALARMS)
+    weights /= weights.sum()
+    between = (found + np.array([found[0] / 2, *found[:-1]])) / 2
+    a, b = between + 0.5, len(members) - between + 0.5
+    low, high = (
+        float(brentq(lambda share, q=q: weights @ beta.cdf(share, a, b) - q, 0.0, 1.0)) for q in (0.025, 0.975)
+    )
+    share = float(found[int(FALSE_ALARMS * len(others))] / len(members))
+    return Measured(share, (high - low) / (2 * _Z), bounds=(min(low, share), max(high, share)))
 
 
 def exact_copies(
@@ -241,13 +289,8 @@ def closest_records(
         return few
     real = model_matrix(pd.concat([seen, unseen], ignore_index=True), schema.modelled)
     rows = model_matrix(synthetic, schema.modelled)
-    scales = np.array(
-        [_scale(values) if c.is_numeric else 0.0 for c, values in zip(schema.modelled, real.T, strict=True)]
-    )
     votes = np.zeros(len(real))
-    size = max(_CELLS // len(real), 1)
-    for start in range(0, len(rows), size):
-        distances = _distances(rows[start : start + size], real, scales)
+    for distances in distances_by_parts(rows, real, scales_of(real, schema)):
         nearest = [distances[:, : len(seen)].argmin(axis=1), len(seen) + distances[:, len(seen) :].argmin(axis=1)]
         a, b = (np.take_along_axis(distances, side[:, None], axis=1)[:, 0] for side in nearest)
         share = np.where(np.abs(a - b) < _TIE, 0.5, a < b)
@@ -256,10 +299,51 @@ def closest_records(
     return Measured(float(votes[: len(seen)].sum() / len(rows)), float(error))
 
 
-def _true_positives(members: Floats, others: Floats) -> Measured:
-    limit = np.quantile(others, 1 - FALSE_ALARMS)
-    share = float((members > limit).mean())
-    return Measured(share, float(np.sqrt(share * (1 - share) / len(members))))
+def density_ratio(
+    rows: pd.DataFrame, *, synthetic: pd.DataFrame, reference_rows: pd.DataFrame, schema: TableSchema
+) -> Floats:
+    """Density of each row under generated rows over that under other rows of the population; shape (rows,).
+
+    A generator that overfits puts more rows near those that it was trained on than the population has there (DOMIAS,
+    van Breugel et al., 2023). Either density is that of the ten nearest rows by Gower's distance (Loftsgaarden and
+    Quesenberry, 1965): the mean of the log distances, so that one copy is seen, without the dimension, which is a
+    factor of all scores. Where many rows are equal in every column the ten nearest of either side are, and the attack
+    sees nothing.
+    """
+    known = model_matrix(reference_rows, schema.modelled)
+    asked, made = (model_matrix(table, schema.modelled) for table in (rows, synthetic))
+    scales = scales_of(known, schema)
+    population, generated = (
+        np.log(nearest(asked, table, scales, count=NEIGHBOURS) + _NEAR / len(scales)).mean(axis=1)
+        for table in (known, made)
+    )
+    return np.asarray(population - generated)
+
+
+def nearest(
+    rows: Floats, real: Floats, scales: Floats, *, count: int, owners: NDArray[np.intp] | None = None
+) -> Floats:
+    """Distances to the nearest real rows, of another owner if owners are given; shape (rows, count), in no order."""
+    parts, start = [], 0
+    for distances in distances_by_parts(rows, real, scales):
+        if owners is not None:
+            distances[owners[start : start + len(distances), None] == owners] = np.inf
+        start += len(distances)
+        parts.append(np.partition(distances, min(count, len(real)) - 1, axis=1)[:, :count])
+    return np.concatenate(parts)
+
+
+def distances_by_parts(rows: Floats, real: Floats, scales: Floats) -> Iterator[Floats]:
+    """Gower's distances of a few rows at a time to every real row; each of shape (some rows, real rows)."""
+    size = max(_CELLS // max(len(real), 1), 1)
+    for start in range(0, len(rows), size):
+        yield _distances(rows[start : start + size], real, scales)
+
+
+def scales_of(real: Floats, schema: TableSchema) -> Floats:
+    """What a difference in each column is divided by, for Gower's distance; 0 for columns of levels."""
+    columns = zip(schema.modelled, real.T, strict=True)
+    return np.array([_scale(values) if column.is_numeric else 0.0 for column, values in columns])
 
 
 def _distances(rows: Floats, real: Floats, scales: Floats) -> Floats:
