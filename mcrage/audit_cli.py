@@ -5,7 +5,6 @@ about the program and not about a model: does a private training do what its led
 """
 
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,17 +17,10 @@ if TYPE_CHECKING:
 
     from mcrage.cddpm import CDDPM
     from mcrage.data.schema import TableSchema
-    from mcrage.evaluation.disclosure import Attack, Measured
     from mcrage.evaluation.membership import Consistency, MembershipReport
 
 app = typer.Typer(
     help="Attack a model, or check a private training against its ledger.", no_args_is_help=True, rich_markup_mode=None
-)
-
-
-_CAVEAT = (
-    "An AUC of .5 is a guess. One interval in twenty misses by chance, and these attacks are not all that there are: "
-    "no figure here shows that the model gives nothing away."
 )
 
 
@@ -91,11 +83,14 @@ def attacks(  # noqa: PLR0913 — one per option
     delta: Annotated[float | None, typer.Option(help="The delta that goes with it.")] = None,
     seed: Annotated[int, typer.Option(help="Root of all randomness.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Also put the figures into the model's card.md.")] = False,
 ) -> None:
     """Ask of patients' rows whether the model was trained on them, in six ways."""
     from mcrage.cddpm import CDDPM
     from mcrage.data.schema import TableSchema
     from mcrage.evaluation.membership import membership_report
+    from mcrage.render.attacks import attacks_table
+    from mcrage.render.card import write_audit
 
     _check_options(synthetic, sampled, epsilon, delta)
     schema, model = TableSchema.load(schema_file), CDDPM.load(model_dir)
@@ -117,47 +112,8 @@ def attacks(  # noqa: PLR0913 — one per option
         typer.echo(json.dumps(report.as_dict() | {"claim": None if claim is None else claim.as_dict()}, indent=1))
     else:
         typer.echo(attacks_table(report, claim), nl=False)
-
-
-def attacks_table(report: "MembershipReport", claim: "Consistency | None" = None) -> str:
-    """The report in plain text of at most 100 columns; every line under the head is one attack on one subset."""
-    from mcrage.evaluation.disclosure import FALSE_ALARMS
-    from mcrage.render.text import WIDTH, printable
-
-    rows = ", ".join(f"{number:,} {name}" for name, number in report.rows.items())
-    rate = f"true positive rate at {100 * FALSE_ALARMS:.0f} % false alarms"
-    lines = [f"Membership attacks by {report.unit}, with 95 % intervals", rows, "", f"{'':27}{'AUC':22}{rate}"]
-    for subset in report.subsets:
-        title = printable(": ".join(part for part in (subset.name, subset.detail) if part))
-        size = "" if subset.reason else f" ({subset.members:,} members, {subset.others:,} others)"
-        lines += ["-" * WIDTH, *textwrap.wrap(title + size, WIDTH)]
-        lines += [f"  absent, {subset.reason}"] if subset.reason else map(_attack_line, subset.attacks)
-    return "\n".join([*lines, "-" * WIDTH, *textwrap.wrap(_CAVEAT, WIDTH), *_claim_lines(claim)]) + "\n"
-
-
-def _attack_line(attack: "Attack") -> str:
-    tpr = _figure(attack.tpr) if attack.tpr.value is not None else f"absent, {attack.tpr.reason}"
-    if attack.auc.value is None:
-        return f"  {attack.name:25}absent, {attack.auc.reason}"
-    return f"  {attack.name:25}{_figure(attack.auc):22}{tpr}"
-
-
-def _figure(measured: "Measured") -> str:
-    from mcrage.render.text import interval, number
-
-    low, high = (min(max(end, 0.0), 1.0) for end in measured.interval or (0.0, 1.0))
-    return f"{number(measured.value or 0.0)} {interval(low, high)}"
-
-
-def _claim_lines(claim: "Consistency | None") -> list[str]:
-    if claim is None:
-        return []
-    said = f"The claim of epsilon {claim.epsilon:g} and delta {claim.delta:g}"
-    if claim.says_nothing:
-        return [f"{said} says nothing about the true positive rate: it allows 1."]
-    lines = [f"{said} allows a true positive rate of {claim.bound:.3f}."]
-    lines += [f"  {attack} on {subset} exceeds it with its whole interval" for subset, attack in claim.exceeded]
-    return lines if claim.exceeded else [*lines, "  No interval lies above it, which does not prove the claim."]
+    if card:
+        write_audit(model_dir, attacks_table(report, claim))
 
 
 def _check_options(synthetic: Path | None, sampled: int | None, epsilon: float | None, delta: float | None) -> None:

@@ -49,10 +49,14 @@ def save_result(result: FederationResult, config: RunConfig, *, seconds: float) 
     (out_dir / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
-def write_card(result: FederationResult, folder: Path) -> None:
+def write_card(result: FederationResult, folder: Path, *, audit: str = "") -> None:
     """Writes ``card.md`` beside a model: what it is, and what can be said about the patients' privacy."""
     text = model_card(
-        result.model, sites=sorted(result.site_counts), rounds=len(result.history), accounts=result.accounts
+        result.model,
+        sites=sorted(result.site_counts),
+        rounds=len(result.history),
+        accounts=result.accounts,
+        audit=audit,
     )
     (folder / "card.md").write_text(text, encoding="utf-8")
 

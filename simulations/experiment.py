@@ -34,6 +34,7 @@ from mcrage.errors import CheckpointError, ConfigError
 from mcrage.evaluation.report import RunResults
 from mcrage.progress import ProgressReport
 from mcrage.rebalancing.rebalancer import Pool, make_pool
+from mcrage.render.attacks import attacks_table
 from mcrage.rng import derive
 from server.app import write_card
 from server.roster import call_roll
@@ -47,6 +48,7 @@ from simulations.arms import (
     site_plans,
     train_local,
 )
+from simulations.attacks import attack
 from simulations.findings import fidelity, modelled_counts
 from simulations.grid import InProcessGrid
 from simulations.results import HEADLINE_ARM, OWN_REPORT, OWN_RESULTS, REPORT, RESULTS, Finished, Plans, write_results
@@ -83,11 +85,12 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
         outcome, curve = _federate(study, config, places)
         _wait(local, "local model", verbose=places.verbose)
         outcome.model.save(places.out / MODEL)
-        write_card(outcome, places.out / MODEL)
         plans = _plans(sites, outcome, config)
         pools = _pools(outcome, plans, config)
         write_rows(pools[HEADLINE_ARM].table, places.out / SYNTHETIC)
         write_rows(pools[HEADLINE_ARM].table, (places.out / SYNTHETIC).with_suffix(".parquet"))
+        attacks = attack(outcome.model, pools[HEADLINE_ARM].table, sites, study.schema, seed=config.seed)
+        write_card(outcome, places.out / MODEL, audit=attacks_table(attacks))
         tasks = _site_tasks(study, sites, plans, pools, config=config, places=places)
         _wait([pool.submit(score_site, task) for task in tasks], "evaluation: hospital", verbose=places.verbose)
         finished = Finished(
@@ -97,6 +100,7 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
             fidelity=curve,
             plans=plans,
             repairs=pools[HEADLINE_ARM].repairs,
+            attacks=attacks,
             started=started,
         )
         return write_results(finished, config, places, pool)

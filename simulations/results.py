@@ -17,6 +17,7 @@ from mcrage import __version__
 from mcrage.data.repair import Repairs
 from mcrage.data.schema import TableSchema
 from mcrage.evaluation.arms import SiteScores
+from mcrage.evaluation.membership import MembershipReport
 from mcrage.evaluation.report import ALL, HEADLINE_METRIC, RunResults
 from mcrage.evaluation.summary import Summary, summarise
 from mcrage.privacy.statement import PrivacyAccount, statements
@@ -24,6 +25,7 @@ from mcrage.rebalancing.plan import RebalancePlan
 from mcrage.render.html import write_report
 from server.rounds import FederationResult, RoundRecord
 from simulations.arms import COMMON, OWN, SiteTables, load_scores
+from simulations.attacks import attack_rows
 from simulations.findings import group_sizes, minority_marginals
 from simulations.settings import ExperimentConfig, Places
 from simulations.study import Study
@@ -54,6 +56,7 @@ class Finished:
         fidelity: Of the averaged model, by round.
         plans: What each hospital took from the pool.
         repairs: What the schema's rules did to the pool of the headline arm.
+        attacks: What the model gives away.
         started: When it started, on the monotonic clock.
     """
 
@@ -63,6 +66,7 @@ class Finished:
     fidelity: Mapping[int, float]
     plans: Plans
     repairs: Repairs
+    attacks: MembershipReport
     started: float
 
 
@@ -88,6 +92,7 @@ def write_results(finished: Finished, config: ExperimentConfig, places: Places, 
         "marginals": _marginals(finished, minorities, config),
         "history": _history(finished),
         "privacy": _privacy(finished),
+        "attacks": attack_rows(finished.attacks),
     }
     run |= {
         "minority_groups": minorities,

@@ -199,6 +199,19 @@ class SitePrivacy(_Record):
     events: tuple[str, ...]
 
 
+class AttackFigures(_Record):
+    """How well one attack tells training patients from others, in one subset of them."""
+
+    subset: str
+    detail: str
+    members: int | None
+    others: int | None
+    attack: str
+    auc: tuple[float, float, float] | None
+    tpr: tuple[float, float, float] | None
+    reason: str = ""
+
+
 class RunResults(_Record):
     """Everything that a run found; what ``results.json`` holds.
 
@@ -215,6 +228,7 @@ class RunResults(_Record):
     marginals: tuple[Marginal, ...] = ()
     history: tuple[Round, ...] = ()
     privacy: tuple[SitePrivacy, ...] = ()
+    attacks: tuple[AttackFigures, ...] = ()
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "RunResults":

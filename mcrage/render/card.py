@@ -1,9 +1,13 @@
 """The model card: what a model is, and the privacy statement of each site that trained it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from mcrage.cddpm import CDDPM
+from mcrage.errors import CheckpointError
 from mcrage.privacy.statement import PrivacyAccount, can_be_stated, statements
+
+_AUDIT = "## Audit"
 
 NO_PRIVACY = (
     "No privacy claim is made. The model was trained without noise on patients' records; its parameters and the rows "
@@ -17,7 +21,7 @@ def model_card(
     sites: Sequence[str],
     rounds: int,
     accounts: Mapping[str, PrivacyAccount],
-    audit: Sequence[str] = (),
+    audit: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -26,7 +30,7 @@ def model_card(
         sites: Sites that trained it.
         rounds: Rounds of the federation.
         accounts: What the sites' ledgers said after the run.
-        audit: Lines of an audit of this model, if there was one.
+        audit: Figures of an audit of this model, if there was one.
 
     Raises:
         PrivacyError: If an account is not whole, or its epsilon is not that of its events.
@@ -40,7 +44,7 @@ def model_card(
         "It is for filling up training sets of the same table. It is no medical device.",
         "## Privacy",
     ]
-    return "\n\n".join([*about, *privacy_lines(sites, accounts), *_ledger(accounts), *_audit(audit)]) + "\n"
+    return "\n\n".join([*about, *privacy_lines(sites, accounts), *_ledger(accounts), _audit(audit)]) + "\n"
 
 
 def privacy_lines(sites: Sequence[str], accounts: Mapping[str, PrivacyAccount]) -> list[str]:
@@ -70,5 +74,19 @@ def _ledger(accounts: Mapping[str, PrivacyAccount]) -> list[str]:
     return ["## Ledgers", "\n".join(rows)]
 
 
-def _audit(lines: Sequence[str]) -> list[str]:
-    return ["## Audit", "\n".join(lines)] if lines else ["## Audit", "This model was not audited."]
+def _audit(figures: str) -> str:
+    return f"{_AUDIT}\n\n```text\n{figures.strip()}\n```" if figures else f"{_AUDIT}\n\nThis model was not audited."
+
+
+def write_audit(folder: Path, figures: str) -> None:
+    """Puts the figures of an audit into the card of a model, in the place of those that were there.
+
+    Raises:
+        CheckpointError: If the model has no card.
+    """
+    path = folder / "card.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; only models of a federation have a card") from None
+    path.write_text(text.partition(_AUDIT)[0] + _audit(figures) + "\n", encoding="utf-8")

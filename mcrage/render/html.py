@@ -18,7 +18,17 @@ from markupsafe import Markup
 from mcrage.evaluation.comparison import headline_comparisons, site_comparisons
 from mcrage.evaluation.report import ALL, FEDERATED_ARMS, GroupSize, RunResults, num_attributes
 from mcrage.render import plots, tables
-from mcrage.render.text import ARM_NAMES, MODEL_NAMES, TEST_RECORDS, answer_word, headline, name_of, number, remarks
+from mcrage.render.text import (
+    ARM_NAMES,
+    MODEL_NAMES,
+    TEST_RECORDS,
+    answer_word,
+    headline,
+    interval,
+    name_of,
+    number,
+    remarks,
+)
 
 MOST_BARS = 12
 """Groups shown per site in the plot of group sizes."""
@@ -137,6 +147,11 @@ def curves(results: RunResults) -> list[Curve]:
     return found
 
 
+def _figure(figure: tuple[float, float, float] | None) -> str:
+    """A value with its 95 % interval; a dash where there is none."""
+    return f"{number(figure[0])} {interval(*figure[1:])}" if figure else "–"
+
+
 def _context(results: RunResults) -> dict[str, Any]:
     site_tables, groups_left_out = tables.site_tables(results)
     shown_distributions, distributions_left_out = distributions(results)
@@ -145,6 +160,7 @@ def _context(results: RunResults) -> dict[str, Any]:
     return {
         "run": run,
         "privacy": results.privacy,
+        "attacks": [(row, _figure(row.auc), _figure(row.tpr)) for row in results.attacks],
         "schema_version": results.schema_version,
         "answer": answer_word(results),
         "headline": headline(results),

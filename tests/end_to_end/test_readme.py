@@ -1,4 +1,4 @@
-"""Every command in README.md is run, in its order, in a copy of the tree; long ones with smaller settings.
+"""Every command in README.md and docs/ is run, in its order, in a copy of the tree; long ones with smaller settings.
 
 ``make demo`` and ``make test`` are run by the pipeline: here the Makefile only has to have them.
 """
@@ -18,6 +18,7 @@ from simulations.flower import flower_environment, processes_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.fab")
 SMALLER = {
@@ -37,12 +38,13 @@ MADE = (
     "runs/flower/model/model.safetensors",
     "runs/model/model.safetensors",
     "runs/rows.csv",
+    "runs/private/ledger.sqlite",
 )
 
 
 def blocks() -> list[tuple[str, str]]:
     """Language and text of each fenced block, except that of the two make commands."""
-    return [(language, text) for language, text in BLOCK.findall(README) if not text.startswith("make ")]
+    return [(language, text) for language, text in BLOCK.findall(README + DOCS) if not text.startswith("make ")]
 
 
 def shortened(text: str) -> str:
@@ -88,9 +90,10 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
 
 
 def test_no_command_of_the_readme_escapes_the_test() -> None:
-    fences = re.findall(r"^```(\w*)$", README, re.MULTILINE)
-    assert [language for language in fences if language not in ("sh", "python", "")] == []
-    assert len(BLOCK.findall(README)) * 2 == len(fences) >= 16
+    fences = re.findall(r"^```(\w*)$", README + DOCS, re.MULTILINE)
+    shown = fences.count("text")  # what is not run
+    assert [language for language in fences if language not in ("sh", "python", "text", "")] == []
+    assert (len(BLOCK.findall(README + DOCS)) + shown) * 2 == len(fences) >= 16
 
 
 def test_everything_that_the_readme_links_to_in_the_tree_is_there() -> None:

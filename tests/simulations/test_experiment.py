@@ -198,6 +198,15 @@ def test_a_private_run_states_its_guarantee_and_says_what_it_does_not_cover(stud
     assert "of the model and its rows, not of this report" in page
 
 
+def test_what_the_model_gives_away_stands_in_results_card_and_report(out: Path) -> None:
+    results = RunResults.read(out / "results.json")
+    everyone = {row.attack: row.auc for row in results.attacks if row.subset == "everyone"}
+    assert {"loss", "density ratio"} <= {attack for attack, auc in everyone.items() if auc is not None}
+    assert all(low <= value <= high for value, low, high in filter(None, everyone.values()))
+    assert "Membership attacks by patient" in (out / "model" / "card.md").read_text(encoding="utf-8")
+    assert "Who was in the training?" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_without_privacy_says_nothing_of_it(out: Path) -> None:
     for name in ("model/card.md", "report.html"):
         text = (out / name).read_text(encoding="utf-8")
