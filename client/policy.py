@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mcrage.data.groups import MINIMUM_CELL
 from mcrage.data.schema import TableSchema
 from mcrage.errors import RefusedError, SchemaError
 from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
@@ -89,12 +90,14 @@ class DataRules(_Section):
     Attributes:
         tasks: What may be asked.
         allowed_columns: Columns that may be modelled; empty for all of the schema.
+        minimum_cell: Smallest count that may leave, also where it has noise.
         min_test_fraction, max_test_fraction: The share of test patients lies between them.
         release_loss: Whether a loss may leave in a run without privacy; with privacy none does.
     """
 
     tasks: tuple[Task, ...] = ("describe", "train", "evaluate")
     allowed_columns: tuple[str, ...] = ()
+    minimum_cell: int = Field(default=MINIMUM_CELL, ge=MINIMUM_CELL)
     min_test_fraction: float = Field(default=0.05, gt=0, lt=1)
     max_test_fraction: float = Field(default=0.5, gt=0, lt=1)
     release_loss: bool = False

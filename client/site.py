@@ -95,8 +95,8 @@ class Site:
             site=self.name,
             schema_fingerprint=schema.fingerprint,
             schema_text=schema.to_json(),
-            group_counts=_group_counts(train, schema, instruction, release),
-            marginals=_marginals(train, schema, instruction, release) if instruction.marginals else None,
+            group_counts=self._group_counts(train, schema, instruction, release),
+            marginals=self._marginals(train, schema, instruction, release) if instruction.marginals else None,
             versions=_versions(),
         )
 
@@ -141,6 +141,24 @@ class Site:
     def account(self, instruction: AccountInstruction) -> SiteAccount:
         """What the ledger says; it reads no row."""
         return SiteAccount(account=self._protection.account(instruction.run))
+
+    def _group_counts(
+        self, train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
+    ) -> GroupCounts:
+        minimum = self._protection.policy.data.minimum_cell
+        if not instruction.dp:
+            return releasable_counts(train, schema.attributes, minimum=minimum)
+        key, epsilon = release.key("counts"), instruction.count_epsilon
+        return counts.noisy_group_counts(train, schema, epsilon=epsilon, key=key).suppress(minimum)
+
+    def _marginals(
+        self, train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
+    ) -> Marginals:
+        minimum = self._protection.policy.data.minimum_cell
+        if not instruction.dp:
+            return Marginals.of(train, schema, minimum=minimum)
+        key, noise = release.key("histograms"), instruction.histogram_noise
+        return counts.noisy_marginals(train, schema, noise=noise, key=key, minimum=minimum)
 
     def _train(self, instruction: TrainInstruction, model: CDDPM, config: TrainingConfig) -> float | None:
         self._protection.charge(instruction, [], dataset=self._dataset)
@@ -219,36 +237,20 @@ def _steps(instruction: TrainInstruction) -> range:
     return range(instruction.first_step, instruction.first_step + instruction.local_steps)
 
 
-def _group_counts(
-    train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
-) -> GroupCounts:
-    if not instruction.dp:
-        return releasable_counts(train, schema.attributes)
-    return counts.noisy_group_counts(train, schema, epsilon=instruction.count_epsilon, key=release.key("counts"))
-
-
-def _marginals(
-    train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release
-) -> Marginals:
-    if not instruction.dp:
-        return Marginals.of(train, schema)
-    return counts.noisy_marginals(train, schema, noise=instruction.histogram_noise, key=release.key("histograms"))
-
-
-def releasable_counts(table: pd.DataFrame, columns: tuple[Column, ...]) -> GroupCounts:
-    """Rows per group, without those that could give a count from 1 to 10 away.
+def releasable_counts(table: pd.DataFrame, columns: tuple[Column, ...], *, minimum: int = MINIMUM_CELL) -> GroupCounts:
+    """Rows per group, without those that could give a count from 1 to below ``minimum`` away.
 
     Small groups are hidden, and with them further groups, smallest first, until within every level of every attribute
-    and in the whole table the hidden rows are none or at least 11: otherwise a known total would give them away.
+    and in the whole table the hidden rows are none or at least as many: otherwise a known total would give them away.
     """
     exact = GroupCounts.of(table, columns)
-    hidden = {group for group, count in exact.items() if count < MINIMUM_CELL}
-    while further := _gives_away(exact, hidden):
+    hidden = {group for group, count in exact.items() if count < minimum}
+    while further := _gives_away(exact, hidden, minimum):
         hidden.add(further)
     return GroupCounts({group: count for group, count in exact.items() if group not in hidden}, suppressed=hidden)
 
 
-def _gives_away(exact: GroupCounts, hidden: set[Group]) -> Group | None:
+def _gives_away(exact: GroupCounts, hidden: set[Group], minimum: int) -> Group | None:
     margins: list[tuple[tuple[str, str], ...]] = [
         (),
         *((pair,) for pair in dict.fromkeys(p for g in exact for p in g.levels)),
@@ -257,7 +259,7 @@ def _gives_away(exact: GroupCounts, hidden: set[Group]) -> Group | None:
         inside = [group for group in exact if set(margin) <= set(group.levels)]
         rows = sum(exact[group] for group in inside if group in hidden)
         shown = [group for group in inside if group not in hidden]
-        if 0 < rows < MINIMUM_CELL and shown:
+        if 0 < rows < minimum and shown:
             return min(shown, key=lambda group: (exact[group], str(group)))
     return None
 

@@ -140,6 +140,7 @@ def compare(
     if dry_run:
         _print_settings(comparison.config(comparison.seeds[0]).to_flat())
         typer.echo(f"{comparison.dataset}: seeds {', '.join(map(str, comparison.seeds))}; results in {out}")
+        _print_privacy(comparison.config(comparison.seeds[0]), comparison.dataset)
         return
     typer.echo(table_of(run_comparison(comparison, out, num_workers=workers)))
     typer.echo(out / "summary.json")
@@ -238,18 +239,21 @@ def _print_settings(settings: dict[str, Any]) -> None:
 
 
 def _print_plan(config: "ExperimentConfig", places: "Places", *, dataset: str, study: "Study | None" = None) -> None:
-    from simulations.study import hospitals_of
-
     _print_settings(config.to_flat())
     for site, table in study.hospitals.tables.items() if study else ():
         typer.echo(f"hospital {site}: {len(table):,} rows")
     steps = config.federation.total_steps
     typer.echo(f"{dataset}: {steps:,} training steps at each hospital, then the evaluation; results in {places.out}")
+    _print_privacy(config, dataset, study)
+
+
+def _print_privacy(config: "ExperimentConfig", dataset: str, study: "Study | None" = None) -> None:
     if not config.privacy.dp:
         typer.echo("privacy: none is claimed; hospitals release model parameters, histograms and counts of at least 11")
         return
     from mcrage.config import RunConfig
     from server.budget import plan_lines
+    from simulations.study import hospitals_of
 
     schema = study.schema if study else hospitals_of(dataset, seed=config.seed).schema
     for line in plan_lines(RunConfig(federation=config.federation, privacy=config.privacy), schema):

@@ -148,7 +148,9 @@ def marginals_event(schema: TableSchema, *, noise: float) -> PrivacyEvent:
     return PrivacyEvent(mechanism="discrete-gaussian", noise_multiplier=noise, steps=len(schema.modelled))
 
 
-def noisy_marginals(table: pd.DataFrame, schema: TableSchema, *, noise: float, key: bytes) -> Marginals:
+def noisy_marginals(
+    table: pd.DataFrame, schema: TableSchema, *, noise: float, key: bytes, minimum: int = MINIMUM_CELL
+) -> Marginals:
     """Histograms of all modelled columns, with noise: discrete Gaussian, no negative counts, then small ones merged.
 
     Negative counts become 0 and all others of the column lose the same, so that its total stays. Numbers are merged
@@ -162,6 +164,7 @@ def noisy_marginals(table: pd.DataFrame, schema: TableSchema, *, noise: float, k
         schema: The columns and their cells.
         noise: Standard deviation of the noise on each cell.
         key: Of this release and this table; the module says why.
+        minimum: Cells with fewer, by their noisy counts, are merged.
 
     Raises:
         PrivacyError: As :func:`marginals_event`.
@@ -169,7 +172,7 @@ def noisy_marginals(table: pd.DataFrame, schema: TableSchema, *, noise: float, k
     noisy = _noisy_columns(table, schema, noise=noise, key=key)
     ends = np.cumsum([num_cells(column) + 1 for column in schema.modelled])[:-1]
     parts = zip(schema.modelled, np.split(noisy.values, ends), strict=True)
-    return Marginals({column.name: _readable_cells(part, column, noise) for column, part in parts})
+    return Marginals({column.name: _readable_cells(part, column, noise, minimum) for column, part in parts})
 
 
 def without_negatives(cells: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -181,9 +184,9 @@ def without_negatives(cells: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(np.maximum(cells - shift, 0.0))
 
 
-def _readable_cells(noisy: NDArray[np.int64], column: Column, noise: float) -> NDArray[np.float64]:
-    minimum = max(MINIMUM_CELL, math.ceil(3 * noise)) if column.is_numeric else MINIMUM_CELL
-    return merge_small_cells(without_negatives(noisy), column, minimum)
+def _readable_cells(noisy: NDArray[np.int64], column: Column, noise: float, minimum: int) -> NDArray[np.float64]:
+    smallest = max(minimum, math.ceil(3 * noise)) if column.is_numeric else minimum
+    return merge_small_cells(without_negatives(noisy), column, smallest)
 
 
 def scores_event(schema: TableSchema, *, epsilon: float, edges: tuple[float, ...] = SCORE_EDGES) -> PrivacyEvent:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mcrage.errors import PrivacyError
 
@@ -138,9 +139,14 @@ def _grad(parameter: Tensor) -> Tensor:
 def require_linear(module: nn.Module) -> None:
     """Raises unless every trainable parameter is the weight or the bias of a linear layer with both.
 
+    Layers that normalise by the batch are refused without parameters too: they mix patients, or remember them.
+
     Raises:
-        PrivacyError: Naming the parameters of other layers.
+        PrivacyError: Naming the parameters of other layers, or the layers.
     """
+    mixing = sorted(name or "it" for name, layer in module.named_modules() if isinstance(layer, _NormBase))
+    if mixing:
+        raise PrivacyError(f"layers that normalise by the batch let patients into each other's gradients: {mixing}")
     known = {
         f"{name}.{part}" if name else part
         for name, layer in module.named_modules()

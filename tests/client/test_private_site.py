@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
-from client.policy import PrivacyRules, SitePolicy
+from client.policy import DataRules, PrivacyRules, SitePolicy
 from client.protection import LEDGER, POLICY, WITNESS, Release, instruction_digest, prepare
 from client.site import Site
 from mcrage.cddpm import CDDPM
@@ -280,6 +281,25 @@ def test_two_sites_have_noise_of_their_own(new_hospital: Callable[..., Hospital]
     instruction = train_instruction(model)
     one, other = (as_bytes(new_hospital().site.train(instruction)) for _ in range(2))
     assert one != other
+
+
+@pytest.mark.parametrize("dp", [True, False])
+def test_no_count_below_the_cell_of_the_policy_leaves(new_hospital: Callable[..., Hospital], dp: bool) -> None:
+    plain = {"dp": False, "delta": 0.0, "count_epsilon": 0.0, "histogram_noise": 0.0}
+    instruction = DESCRIBE if dp else DESCRIBE.model_copy(update=plain)
+    hospital = new_hospital()
+    policy = SitePolicy.simulated(declared_patients=80)
+    smallest = []
+    for cell in (11, 40):
+        write_policy(
+            hospital.site, policy.model_copy(update={"data": policy.data.model_copy(update={"minimum_cell": cell})})
+        )
+        shown = hospital.site.describe(instruction).group_counts
+        smallest.append(min(shown.values(), default=cell))
+        assert smallest[-1] >= cell
+    assert smallest[0] < 40
+    with pytest.raises(ValidationError):
+        DataRules(minimum_cell=10)
 
 
 def test_no_loss_leaves(new_hospital: Callable[..., Hospital], model: CDDPM) -> None:

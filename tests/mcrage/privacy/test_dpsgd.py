@@ -383,3 +383,9 @@ def test_importing_it_leaves_the_programs_log_alone() -> None:
     done = subprocess.run([sys.executable, "-c", LOGGING], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4), nn.InstanceNorm1d(4)])
+def test_a_layer_that_mixes_patients_is_refused_with_or_without_parameters(layer: nn.Module) -> None:
+    with pytest.raises(PrivacyError, match="normalise by the batch"):
+        require_linear(nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)))
