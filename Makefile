@@ -29,6 +29,7 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.private_step
 
 # makes an environment for each peer in runs/peers, of about 1.5 GB where it has torch
 bench-peers: $(READY)

@@ -333,7 +333,6 @@ class Bare(nn.Module):
 
 OTHER_LAYERS: dict[str, nn.Module] = {
     "layer norm": nn.LayerNorm(3),
-    "batch norm": nn.BatchNorm1d(3),
     "embedding": nn.Embedding(4, 3),
     "linear without bias": nn.Linear(3, 3, bias=False),
     "convolution": nn.Conv1d(1, 1, 3),
