@@ -4,7 +4,7 @@
 
 A batch is so many rows; with privacy it is a Poisson sample of as many patients over ``draws``, each with as many
 rows. Both sides take complete steps of the library's own trainings: batch, random numbers, gradients, noise, optimiser.
-The private one adds its batch up in parts of 2,048 rows, the other takes it whole.
+The private one adds its batch up in parts that fit a cache, the other takes it whole.
 The table is diabetes-130 where MCRAGE_DATA names the folder of data sets, else the simulated cohort. Times are CPU
 milliseconds of one thread, medians of repeats in which all take turns; the interval is of the ratio of medians, from
 1,000 resamples of the repeats. Opacus' own ghost clipping, which passes backward twice, takes turns too where a

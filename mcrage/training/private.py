@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcrage.data.transform import EncodedTable
 from mcrage.diffusion.network import RowNetwork
@@ -24,7 +24,7 @@ from mcrage.privacy.noise import GaussianNoise
 from mcrage.privacy.sampling import KeyedDraws, Patients, normal
 from mcrage.training.optimisers import Optimisers, TrainingConfig
 
-_ROWS_AT_ONCE = 2048  # a batch is summed in parts, so that its size does not enter the memory that it takes
+_KEPT_AT_ONCE = 2**22  # inputs and outputs of layers: a batch is summed in parts, so that its size takes no memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +160,15 @@ class PatientGradients:
         self._network, self._diffusion, self._rows, self._privacy = network, diffusion, rows, privacy
         self._draws = KeyedDraws(key, rows.patients.names)
         self._clipped = ClippedSum(network, max_grad_norm=privacy.max_grad_norm, draws=privacy.draws)
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+        self._kept_per_patient = privacy.draws * sum(layer.in_features + layer.out_features for layer in layers)
         if network.label is not None:
             network.label.through_layers = True
 
     def add(self, step: int) -> None:
         """Adds the gradients of the patients who take part in a step."""
         drawn = self._draws.included(step, sample_rate=self._privacy.sample_rate)
-        parts = -(-len(drawn) * self._privacy.draws // _ROWS_AT_ONCE)
+        parts = -(-len(drawn) * self._kept_per_patient // _KEPT_AT_ONCE)
         for part in np.array_split(drawn, parts) if parts else []:
             self._clipped.add(self._losses(part, step))
 

@@ -250,7 +250,7 @@ def test_a_step_in_parts_gives_the_sum_of_the_whole(clinic: Clinic, monkeypatch:
     rows, privacy = clinic.rows(clinic.table(512)), replace(PRIVACY, sample_rate=1.0, draws=1)
     network = clinic.network()
     whole = clinic.clipped_sum(network, rows, privacy=privacy, key=KEYS.sampling)
-    monkeypatch.setattr("mcrage.training.private._ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("mcrage.training.private._KEPT_AT_ONCE", 20_000)
     parts = clinic.clipped_sum(network, rows, privacy=privacy, key=KEYS.sampling)
     assert 0 < float((parts - whole).norm() / whole.norm()) <= 1e-6
 
