@@ -28,7 +28,7 @@ from mcrage.config import RunConfig, Scalar
 from mcrage.data.groups import group_labels
 from mcrage.evaluation import fidelity
 from mcrage.evaluation.subgroups import fidelity_by_group
-from mcrage.training import local
+from mcrage.training import optimisers
 from simulations import datasets, partition
 from simulations.cohort import Cohort, CohortConfig
 from simulations.datasets import diabetes130
@@ -122,21 +122,21 @@ def kept_optimisers(num_sites: int) -> Iterator[None]:
 
     No deployed site does so: it has no memory between rounds, so that a restart changes nothing.
     """
-    begin = local._adam
+    begin = optimisers._adam
     before: dict[int, deque[torch.optim.Optimizer]] = defaultdict(deque)  # by size: denoisers, hidden layers
 
-    def go_on(part: local._Flat, weight_decay: float) -> torch.optim.Optimizer:
+    def go_on(part: optimisers.Flat, weight_decay: float) -> torch.optim.Optimizer:
         optimiser, turns = begin(part, weight_decay), before[part.values.numel()]
         if len(turns) == num_sites:
             optimiser.load_state_dict(turns.popleft().state_dict())
         turns.append(optimiser)
         return optimiser
 
-    local._adam = go_on
+    optimisers._adam = go_on
     try:
         yield
     finally:
-        local._adam = begin
+        optimisers._adam = begin
 
 
 def measures(model: CDDPM, federation: Federation, seed: int) -> Iterator[dict[str, object]]:

@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks import federated_ablation
 from mcrage.config import RunConfig
-from mcrage.training import local
+from mcrage.training import optimisers
 
 ARMS = ["pooled", "defaults", "optimiser state kept"]
 
@@ -10,11 +10,11 @@ ARMS = ["pooled", "defaults", "optimiser state kept"]
 @pytest.mark.slow
 def test_arms_differ_and_are_measured_for_everybody_and_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(federated_ablation, "MOST_ROWS", 600)
-    begin = local._adam
+    begin = optimisers._adam
 
     lines = list(federated_ablation.runs("cohort", 0, 2, ARMS))
 
-    assert local._adam is begin, "what the benchmark changed is as it was"
+    assert optimisers._adam is begin, "what the benchmark changed is as it was"
     everybody = {line["model"]: line for line in lines if line["group"] == "everybody"}
     assert list(everybody) == ARMS
     assert len({line["all_pairs"] for line in everybody.values()}) == 3, "the models are not the same one"

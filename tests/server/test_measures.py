@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,9 @@ PRIVATE = {"dp": True, "dp_noise_multiplier": 1.0, "dp_sample_rate": 0.2, "dp_sc
 @pytest.fixture(scope="module")
 def private_run(site_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, FederationResult]:
     out = tmp_path_factory.mktemp("private")
+    sites = Path(shutil.copytree(site_dir, out / "sites", ignore=shutil.ignore_patterns("private")))
     given = {name.replace("_", "-"): value for name, value in PRIVATE.items()}
-    places = {"site-dir": str(site_dir), "out-dir": str(out), "width": 16, "depth": 1, "num-server-rounds": 3}
+    places = {"site-dir": str(sites), "out-dir": str(out), "width": 16, "depth": 1, "num-server-rounds": 3}
     config = RunConfig.parse(given | places | {"local-steps": 2, "run-name": "test_measures"})
     return config, run_federation(InProcessGrid.of_folder(app, 3, config), config)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mcrage.errors import DataError
 from mcrage.evaluation.report import (
+    AttackFigures,
     GapClosed,
     GroupSize,
     GroupVerdict,
@@ -18,6 +19,7 @@ from mcrage.evaluation.report import (
     Run,
     RunResults,
     Score,
+    SitePrivacy,
     num_attributes,
 )
 
@@ -26,7 +28,10 @@ DOCUMENTATION = Path(__file__).parents[3] / "docs" / "results.md"
 GOLDEN = {
     "": (
         RunResults,
-        ["schema_version", "run", "rows", "gap_closed", "verdicts", "group_sizes", "marginals", "history"],
+        [
+            *["schema_version", "run", "rows", "gap_closed", "verdicts", "group_sizes", "marginals", "history"],
+            *["privacy", "attacks"],
+        ],
     ),
     "run": (
         Run,
@@ -41,6 +46,8 @@ GOLDEN = {
     "group_sizes": (GroupSize, ["site", "group", "real", "synthetic"]),
     "marginals": (Marginal, ["column", "group", "labels", "real", "synthetic"]),
     "history": (Round, ["round", "loss", "fidelity", "sites", "dropped"]),
+    "privacy": (SitePrivacy, ["site", "statement", "since", "delta", "epsilon_run", "epsilon", "events"]),
+    "attacks": (AttackFigures, ["subset", "detail", "members", "others", "attack", "auc", "tpr", "reason"]),
 }
 
 
@@ -73,6 +80,14 @@ def document(**changes: Any) -> dict[str, Any]:
             {"column": "age", "group": "all", "labels": ["a", "b"], "real": [20, None], "synthetic": [19, 4]}
         ],
         "history": [{"round": 1, "loss": 0.5, "fidelity": None, "sites": ["A"], "dropped": ["B"]}],
+        "privacy": [
+            {"site": "A", "statement": "-", "since": "2026-11-28", "delta": 1e-5, "events": ["-"]}
+            | {"epsilon_run": 1.0, "epsilon": None}
+        ],
+        "attacks": [
+            {"subset": "everyone", "detail": "", "members": 500, "others": 400, "attack": "loss", "reason": ""}
+            | {"auc": [0.5, 0.4, 0.6], "tpr": None}
+        ],
     }
     return copy.deepcopy(whole | changes)
 
@@ -110,7 +125,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 def test_each_record_stands_on_one_line() -> None:
     lines = RunResults.parse(document()).to_json().splitlines()
-    assert sum(line.startswith('  {"site"') for line in lines) == 4 + 1 + 1 + 1
+    assert sum(line.startswith('  {"site"') for line in lines) == 4 + 1 + 1 + 1 + 1
 
 
 def test_empty_lists_are_written_and_read() -> None:
