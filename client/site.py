@@ -89,8 +89,9 @@ class Site:
             events.append(counts.group_counts_event(schema, epsilon=instruction.count_epsilon))
             if instruction.marginals:
                 events.append(counts.marginals_event(schema, noise=instruction.histogram_noise))
+        key = self._key(instruction.test_fraction)
         release = self._protection.charge(instruction, events, dataset=self._dataset)
-        train, _ = self._tables(instruction.test_fraction)
+        _, train, _ = tables.split(key)
         return SiteDescription(
             site=self.name,
             schema_fingerprint=schema.fingerprint,
@@ -124,8 +125,9 @@ class Site:
         schema = self._schema(instruction)
         model = _model(instruction, schema)
         events = [counts.scores_event(schema, epsilon=instruction.score_epsilon)] if instruction.dp else []
+        key = self._key(instruction.test_fraction)
         release = self._protection.charge(instruction, events, dataset=self._dataset)
-        _, test = self._tables(instruction.test_fraction)
+        _, _, test = tables.split(key)
         if instruction.dp:
             noisy = counts.noisy_scores(
                 test,
@@ -183,8 +185,8 @@ class Site:
             patients=self._protection.policy.privacy.declared_patients,
         )
         event = privacy.event(instruction.local_steps)
-        release = self._protection.charge(instruction, [event], dataset=self._dataset)
         key = self._key(instruction.test_fraction)
+        release = self._protection.charge(instruction, [event], dataset=self._dataset)
         encoded, patients = tables.encoded_by_row(key, instruction.description, release.spreading)
         train_privately(
             model.network_,
@@ -210,11 +212,8 @@ class Site:
     def _dataset(self) -> str:
         return tables.fingerprint(tables.stamp(self.data_path), tables.stamp(self.schema_path))
 
-    def _tables(self, test_fraction: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-        _, train, test = tables.split(self._key(test_fraction))
-        return train, test
-
     def _key(self, test_fraction: float) -> tables.TableKey:
+        """The files as they are before anything is charged; they have to be the same when they are read."""
         return tables.TableKey(self.name, tables.stamp(self.data_path), tables.stamp(self.schema_path), test_fraction)
 
 

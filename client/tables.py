@@ -66,9 +66,15 @@ def fingerprint(data: Stamp, schema: Stamp) -> str:
 
 @lru_cache(maxsize=_KEPT_IN_MEMORY)
 def split(key: TableKey) -> tuple[TableSchema, pd.DataFrame, pd.DataFrame]:
-    """The data dictionary, the training rows and the test rows."""
+    """The data dictionary, the training rows and the test rows.
+
+    Raises:
+        ConfigError: If a file is not the one of its stamp any more: what was charged was for that one.
+    """
     schema = TableSchema.load(key.schema.path)
     train, test = split_by_patient(read_table(key.data.path, schema), schema, test_fraction=key.test_fraction)
+    if any(stamp(each.path) != each for each in (key.data, key.schema)):
+        raise ConfigError(f"'{key.data.path}' or its schema changed while it was read")
     return schema, train, test
 
 

@@ -44,6 +44,7 @@ SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Round = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
+_MOST_PATIENTS = 10**9
 _NotNegative = Annotated[float, Field(ge=0)]
 
 
@@ -272,8 +273,8 @@ class SiteScores(WireMessage):
         counts = wire.arrays.get("counts")
         if set(wire.arrays) != {"counts"} or counts is None or counts.shape != shape or counts.dtype != np.float64:
             raise MessageError(f"expected counts of shape {shape} and nothing else")
-        if not (np.isfinite(counts).all() and (counts == np.round(counts)).all()):
-            raise MessageError("expected counts that are whole numbers")
+        if not ((np.abs(counts) <= _MOST_PATIENTS).all() and (counts == np.round(counts)).all()):
+            raise MessageError(f"expected counts that are whole numbers within ±{_MOST_PATIENTS:,}")
         return checked(cls, wire.values, counts=counts)
 
 

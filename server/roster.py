@@ -1,5 +1,6 @@
 """Round zero: who is there, and whether all of them speak of the same table."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from mcrage.config import RunConfig
 from mcrage.data.groups import MINIMUM_CELL, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
-from mcrage.errors import FederationError, SchemaError
+from mcrage.errors import FederationError, PrivacyError, SchemaError
 from mcrage.messages import AccountInstruction, DescribeInstruction, SiteAccount, SiteDescription
 from mcrage.privacy.statement import PrivacyAccount, statement
 from server.validation import check_replies
+
+_LOG = logging.getLogger("mcrage.server")
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,25 @@ def _ask(grid: Grid, node_ids: list[int], config: RunConfig) -> list[Message]:
 
 
 def collect_accounts(grid: Grid, config: RunConfig, roster: Roster) -> dict[str, PrivacyAccount]:
-    """What the ledgers of the sites say, by site; those that do not answer are left out.
+    """What the ledgers of the sites say, by site.
 
-    Raises:
-        PrivacyError: If the epsilon that a site tells is not that of its events.
+    Left out is a site that does not answer, speaks for another one, or tells an epsilon that is not that of its events.
     """
     values = ConfigRecord(dict(AccountInstruction(run=config.run).to_wire().values))
     asked = {roster.nodes[site]: site for site in roster.nodes}
     messages = [Message(RecordDict({"config": values}), node_id, "query.account") for node_id in asked]
     answers = grid.send_and_receive(messages, timeout=config.execution.round_timeout_seconds)
     replies = check_replies(answers, asked=asked, read=SiteAccount.from_wire)
-    accounts = {site: reply.account for site, reply in replies.accepted.items()}
-    for account in accounts.values():
-        statement(account)
+    accounts = {}
+    for site, reply in replies.accepted.items():
+        try:
+            if reply.account.site != site:
+                raise PrivacyError("it names another site")
+            statement(reply.account)
+        except PrivacyError as error:
+            _LOG.warning("the privacy account of site %s is left out: %s", site, error)
+        else:
+            accounts[site] = reply.account
     return accounts
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from typing import Any
 
@@ -64,6 +65,7 @@ class PrivacyAccount:
             for name in ("epsilon", "epsilon_run"):
                 content[name] = math.inf if content[name] is None else float(content[name])
             account = cls(events=events, **content)
+            date.fromisoformat(account.since)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise PrivacyError("not the text of a privacy account") from None
         expected = {name: type(getattr(_EXAMPLE, name)) for name in vars(_EXAMPLE)}

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.pretend import pretend_private_folder
+from client.protection import Protection
 from client.site import Site, releasable_counts
 from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig, Scalar
@@ -188,6 +189,23 @@ def test_a_file_that_changed_is_read_again(deployed: Deployed, site_dir: Path, t
     with pytest.raises(LedgerError, match="the table changed during the run"):
         site.describe(DESCRIBE)
     assert site.describe(DESCRIBE.model_copy(update={"run": "b" * 64})).to_wire().values != before.to_wire().values
+
+
+def test_a_file_that_changes_between_charge_and_reading_is_refused(
+    deployed: Deployed, site_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copy(site_dir / "site-01.csv", tmp_path / "site.csv"))
+    site, charge = deployed(data, site_dir / "schema.json"), Protection.charge
+
+    def exchange(*arguments: Any, **named: Any) -> Any:
+        charged = charge(*arguments, **named)
+        shutil.copy(site_dir / "site-02.csv", data)
+        os.utime(data, ns=(1, 1))
+        return charged
+
+    monkeypatch.setattr(Protection, "charge", exchange)
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        site.describe(DESCRIBE)
 
 
 def test_a_file_that_is_not_there_is_the_setup_of_the_site(deployed: Deployed, site_dir: Path) -> None:

@@ -172,7 +172,14 @@ def test_a_loss_comes_without_arrays() -> None:
 
 
 @pytest.mark.parametrize(
-    "counts", [np.ones((2, 1)), np.array([[0.5, 1.0]]), np.array([[np.nan, 1.0]]), np.ones((1, 2), np.float32)]
+    "counts",
+    [
+        np.ones((2, 1)),
+        np.array([[0.5, 1.0]]),
+        np.array([[np.nan, 1.0]]),
+        np.array([[1e300, 1.0]]),
+        np.ones((1, 2), np.float32),
+    ],
 )
 def test_scores_that_are_no_counts_are_refused(counts: np.ndarray[Any, Any]) -> None:
     with pytest.raises(MessageError, match="counts"):
