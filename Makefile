@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo test bench bench-peers setup clean
+.PHONY: demo test soak bench bench-peers setup nginx clean
 
 setup: $(READY)
 
@@ -19,12 +19,23 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m simulations demo --out $(OUT)
 
-test: $(READY)
+# What tests a deployed federation needs nginx and is skipped by name without it.
+nginx:
+	@PATH="$$PATH:/usr/sbin" command -v nginx >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -q -y --no-install-recommends nginx-light; } \
+	  || echo "nginx is not there: the tests of a deployed federation are skipped (Debian: apt-get install nginx-light)"
+
+# two processes with a thread each: most of the time a deployed federation is waited for
+test: $(READY) nginx
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --cov --cov-report=term
+
+# a hundred hospitals over twenty rounds: whether anything is left behind
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed

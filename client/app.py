@@ -7,7 +7,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.boundary import answer, incoming
-from client.protection import DEBUG_LOG
+from client.places import DEBUG_LOG
 from client.site import Site
 from mcrage.messages import AccountInstruction, DescribeInstruction, EvaluateInstruction, Outgoing, TrainInstruction
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from mcrage.errors import MessageError
-from mcrage.messages import Outgoing, SiteError, Wire
+from mcrage.messages import Outgoing, SiteError
+from mcrage.wire import Wire, packed, unpacked
 
 _LOG = logging.getLogger("mcrage.site")
 
@@ -30,7 +31,7 @@ def incoming(message: Message) -> Wire:
     if set(values) != {"config"} or not set(arrays) <= {"arrays"} or message.content.metric_records:
         raise MessageError("expected a record 'config' and at most a record 'arrays'")
     named = {name: array.numpy() for name, array in arrays.get("arrays", ArrayRecord()).items()}
-    return Wire(dict(values["config"]), named)  # type: ignore[arg-type]  # lists and bytes are refused by from_wire
+    return unpacked(Wire(dict(values["config"]), named))  # type: ignore[arg-type]  # from_wire refuses lists and bytes
 
 
 def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None = None) -> Message:
@@ -45,7 +46,7 @@ def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None =
         outgoing = work()
         if not isinstance(outgoing, Outgoing):
             raise TypeError(f"a {type(outgoing).__name__} is not on the list of what may leave a site")
-        wire = outgoing.to_wire()
+        wire = packed(outgoing.to_wire())
         content = RecordDict(
             {
                 "config": ConfigRecord(dict(wire.values)),
@@ -56,11 +57,27 @@ def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None =
     except KeyboardInterrupt:
         raise KeyboardInterrupt from None  # without whatever text it had
     except BaseException as error:  # noqa: BLE001  # the site's boundary: whatever happened, its text stays here
-        site_error = SiteError.of(error, secrets.token_hex(4))
+        site_error = SiteError.of(_want_of_memory(error), secrets.token_hex(4))
         # What a program logs may be sent on by whatever runs it: the text goes to the hospital's own file alone.
         _LOG.error("%s", site_error)
         keep_text(log, site_error.error_id, error)
         return Message(Error(site_error.code, site_error.error_id), reply_to=message)
+
+
+def refuse(kind: str) -> Outgoing:
+    """Raises for an instruction that the site does not know.
+
+    Raises:
+        MessageError: Always.
+    """
+    raise MessageError(f"there is no instruction {kind[:40]!r}")
+
+
+def _want_of_memory(error: BaseException) -> BaseException:
+    """A MemoryError in the place of torch's, which is a RuntimeError."""
+    words = ("allocate memory", "out of memory")
+    is_torch = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return MemoryError() if is_torch else error
 
 
 def keep_text(log: Path | None, error_id: str, error: BaseException) -> None:

@@ -234,6 +234,8 @@ class SitePolicy(_Section):
             yield 2004
         if data.allowed_columns and any(column.name not in data.allowed_columns for column in schema.modelled):
             yield 2005
+        if isinstance(instruction, DescribeInstruction) and instruction.marginals and not self.privacy.allow_histograms:
+            yield 2116
         if not data.min_test_fraction <= instruction.test_fraction <= data.max_test_fraction:
             yield 2006
         if isinstance(instruction, EvaluateInstruction) and not instruction.dp and not data.release_loss:
@@ -258,8 +260,6 @@ class SitePolicy(_Section):
     def _counts(self, instruction: DescribeInstruction) -> Iterator[int]:
         if not 0 < instruction.count_epsilon <= self.privacy.max_count_epsilon:
             yield 2113
-        if instruction.marginals and not self.privacy.allow_histograms:
-            yield 2116
         if instruction.marginals and instruction.histogram_noise < self.privacy.min_histogram_noise:
             yield 2114
         if not instruction.marginals and instruction.histogram_noise:

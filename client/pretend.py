@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from client.places import POLICY
 from client.policy import SitePolicy
-from client.protection import POLICY, prepare
+from client.protection import prepare
 
 PRIVATE = "private"
 

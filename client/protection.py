@@ -1,13 +1,6 @@
 """What stands between an instruction and a hospital's rows: the policy first, then the ledger, and only then the data.
 
-A hospital's private folder is its own: nothing in it ever leaves, and nothing that a server sends names a path in it::
-
-    private/
-      policy.toml           what the hospital allows
-      ledger.sqlite         what was done to its data, for ever
-      secret.key            32 bytes, from which all noise is derived
-      witness/ledger.json   the newest state of the ledger; better on another disk
-      debug.log             the text of errors
+All of it lies in the hospital's private folder (:mod:`client.places`).
 """
 
 import hashlib
@@ -19,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from client.places import LEDGER, POLICY, SECRET, WITNESS
 from client.policy import SitePolicy
 from mcrage import __version__
 from mcrage.data.schema import TableSchema
@@ -28,9 +22,6 @@ from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import create_secret, derive, read_secret
 from mcrage.privacy.ledger import Limits, PrivacyLedger
 from mcrage.privacy.statement import PrivacyAccount, accountant
-
-POLICY, LEDGER, SECRET, WITNESS = "policy.toml", "ledger.sqlite", "secret.key", "witness/ledger.json"
-DEBUG_LOG = "debug.log"
 
 UNPROTECTED = PrivacyEvent(mechanism="unprotected")
 

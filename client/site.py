@@ -21,15 +21,14 @@ import torch
 from client import tables
 from client.pretend import pretend_private_folder
 from client.protection import Protection, Release
-from mcrage import rng
+from mcrage import __version__, rng
 from mcrage.cddpm import CDDPM
-from mcrage.config import RunConfig, Scalar
+from mcrage.config import SITE_NAME, RunConfig, Scalar
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import ConfigError, MessageError, ParameterError, RefusedError
 from mcrage.messages import (
-    SITE_NAME,
     AccountInstruction,
     DescribeInstruction,
     EvaluateInstruction,
@@ -290,6 +289,7 @@ def _simulated(node_config: Mapping[str, Scalar], config: RunConfig) -> Site:
 
 def _versions() -> dict[str, str]:
     return {
+        "mcrage": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pandas": pd.__version__,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrage import audit_cli, budget
+from mcrage import audit_cli, budget, pki_cli
 from mcrage.errors import ConfigError, DataError, McrageError, PrivacyError, Problem
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ schema_app = typer.Typer(help="Draft, check and compare data dictionaries.", **_
 app.add_typer(schema_app, name="schema")
 app.add_typer(budget.app, name="budget")
 app.add_typer(audit_cli.app, name="audit")
+app.add_typer(pki_cli.app, name="pki")
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 

@@ -8,8 +8,9 @@ kebab-case keys, so every field has a key of its own: ``local_steps`` is ``local
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,7 +18,25 @@ from pydantic_core import ErrorDetails
 from mcrage.errors import ConfigError
 
 Scalar = bool | int | float | str
-StrategyName = Literal["fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi"]
+
+SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+"""What a hospital may be called, in messages, certificates and folders."""
+
+RobustName = Literal["fedmedian", "fedtrimmedavg", "krum", "multikrum"]
+StrategyName = Literal["fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", RobustName]
+SITES_FOR_MEDIAN = 3
+"""Fewest updates whose median is not their mean."""
+
+
+def sites_for_trimming(share: float) -> int:
+    """Fewest updates of which the trimmed mean leaves out one at each end."""
+    sites = math.ceil(1 / share)
+    return sites if int(share * sites) else sites + 1  # rounded down in floats, as Flower does
+
+
+def sites_for_krum(malicious: int) -> int:
+    """Fewest updates among which Krum finds an honest one (Blanchard et al., 2017)."""
+    return 2 * malicious + 3
 
 
 def _kebab(name: str) -> str:
@@ -48,14 +67,25 @@ class FederationConfig(_Section):
         warmup_steps: Steps of linear warm-up, counted over the whole run.
         width, depth: Size of the network.
         strategy: How updates are averaged: FedAvg (McMahan et al., 2017), FedAvgM (Hsu et al., 2019), FedProx
-            (Li et al., 2020), FedAdam and FedYogi (Reddi et al., 2021).
+            (Li et al., 2020), FedAdam and FedYogi (Reddi et al., 2021). Four bear a site that lies: FedMedian and
+            FedTrimmedAvg of each parameter by itself (Yin et al., 2018), Krum, which takes the one update with the
+            closest neighbours, and MultiKrum, the mean of all but the ``malicious_sites`` farthest ones (Blanchard et
+            al., 2017). These have no momentum, count every site once, and want ``min_sites`` to be what they need: of
+            so many sites none may stay away, so a federation needs some more. They bound what a lie does; they do not
+            find it: late in a training honest updates differ from each other as much as from a lie of their length
+            (``benchmarks/poisoning.py``).
         proximal_mu: Weight of the proximal term at the sites; FedProx only.
         server_learning_rate, server_momentum: FedAvgM only.
         eta, tau, beta_1, beta_2: Learning rate, adaptivity and moments of FedAdam and FedYogi, as in their paper.
+        trimmed_share: Share of the sites that the trimmed mean leaves out at each end, rounded down to whole sites;
+            FedTrimmedAvg only.
+        malicious_sites: How many sites may lie; Krum and Multi-Krum only.
         ema_decay: Decay of the server's moving average of the parameters, which is the model that is kept; 0 keeps
             the last round's.
         site_weights: ``uniform``, or ``counts``: in proportion to the rows of the groups that the site released.
         min_sites: Fewest sites whose updates make a round.
+        max_update_norm: L2 norm of a site's change of the parameters in one round, above which the site is dropped for
+            the round; 0 for any.
         test_fraction: Share of the patients that every site keeps for testing.
         marginals: Whether sites release one-way histograms, from which numbers are spread.
         evaluate_every: Rounds between two measurements of the held-out loss; the last round is always measured
@@ -78,9 +108,12 @@ class FederationConfig(_Section):
     tau: float = Field(default=1e-3, gt=0)
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     beta_2: float = Field(default=0.99, ge=0, lt=1)
+    trimmed_share: float = Field(default=0.2, gt=0, lt=0.5)
+    malicious_sites: int = Field(default=1, ge=1)
     ema_decay: float = Field(default=0.9, ge=0, lt=1)
     site_weights: Literal["uniform", "counts"] = "uniform"
     min_sites: int = Field(default=2, ge=1)
+    max_update_norm: float = Field(default=0.0, ge=0)
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
     marginals: bool = True
     evaluate_every: int = Field(default=10, ge=0)
@@ -90,6 +123,19 @@ class FederationConfig(_Section):
     def fingerprint(self) -> str:
         """SHA-256 of all of it: two runs that agree here, on the same tables, give the same model."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def needed_sites(self) -> int:
+        """Fewest updates that the strategy is worth its name with."""
+        match self.strategy:
+            case "fedmedian":
+                return SITES_FOR_MEDIAN
+            case "fedtrimmedavg":
+                return sites_for_trimming(self.trimmed_share)
+            case "krum" | "multikrum":
+                return sites_for_krum(self.malicious_sites)
+            case _:
+                return 1
 
     @property
     def total_steps(self) -> int:
@@ -153,6 +199,8 @@ class PlacesConfig(_Section):
         site_dir: Simulations only: folder of ``schema.json`` and one CSV or Parquet file per pretend hospital.
         out_dir: Folder for checkpoints, the model, metrics and the description of the run.
         resume: Whether to go on from the last checkpoint in ``out_dir``.
+        sites_file: The coordinator's list of sites and their nodes (:mod:`server.registry`), read anew at every round;
+            empty lets every node take part.
         run_name: Tells runs with the same settings apart in the sites' privacy ledgers. The same name, settings and
             table are the same releases, which cost nothing the second time.
     """
@@ -160,6 +208,7 @@ class PlacesConfig(_Section):
     site_dir: str = ""
     out_dir: str = Field(default="runs/federation", min_length=1)
     resume: bool = False
+    sites_file: str = ""
     run_name: str = Field(default="", max_length=200)
 
 
@@ -191,7 +240,7 @@ class RunConfig(BaseModel):
             except ValidationError as error:
                 problems += [_readable(problem, given) for problem in error.errors()]
         problems += [_unknown(key, [*cls().to_flat()]) for key in unknown]
-        problems += _together(parts)
+        problems += _together(parts) + _averaged(parts.get("federation"))
         if problems:
             raise ConfigError("\n".join(problems))
         return cls(**parts)  # type: ignore[arg-type]  # each part was validated by its own section
@@ -242,6 +291,20 @@ def _together(parts: Mapping[str, _Section]) -> list[str]:
         problems.append("dp-noise-multiplier: it follows from dp-epsilon; give one of them")
     if federation.strategy == "fedprox":
         problems.append("strategy: fedprox pulls with gradients that have no noise; choose another one with dp=true")
+    return problems
+
+
+def _averaged(federation: _Section | None) -> list[str]:
+    """Why the sites' updates cannot be averaged as asked."""
+    if not isinstance(federation, FederationConfig) or federation.strategy not in get_args(RobustName):
+        return []
+    problems, strategy, needed, given = [], federation.strategy, federation.needed_sites, federation.min_sites
+    if given < needed:
+        share, malicious = f" with trimmed-share={federation.trimmed_share:g}", federation.malicious_sites
+        at = {"fedmedian": "", "fedtrimmedavg": share}.get(strategy, f" with malicious-sites={malicious}")
+        problems.append(f"min-sites: {strategy}{at} needs {needed} sites in every round; it is {given}")
+    if federation.site_weights != "uniform":
+        problems.append(f"site-weights: {strategy} counts every site once, whatever rows it claims; set it to uniform")
     return problems
 
 

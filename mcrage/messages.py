@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SkipValidation, ValidationError
 
+from mcrage.config import SITE_NAME
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
@@ -32,14 +33,11 @@ from mcrage.errors import (
     SchemaError,
 )
 from mcrage.privacy.statement import PrivacyAccount
-from mcrage.refusals import REFUSALS
+from mcrage.refusals import FAILURES, REFUSALS, RUNTIME_FAILURES
 from mcrage.wire import Parameters as Parameters
 from mcrage.wire import Scalar as Scalar
 from mcrage.wire import Wire as Wire
 from mcrage.wire import WireMessage, checked, loads
-
-SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
-"""What a site may be called."""
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Round = Annotated[int, Field(ge=1)]
@@ -320,12 +318,14 @@ class SiteError(WireMessage):
         return cls(code=next(codes), error_id=error_id)
 
     def __str__(self) -> str:
-        words = REFUSALS[self.code] if self.code in REFUSALS else _ERRORS[self.code][1]
+        words = REFUSALS.get(self.code) or FAILURES.get(self.code) or _ERRORS[self.code][1]
         return f"{words} (the site's log has error {self.error_id})"
 
     @classmethod
     def readable(cls, code: int, reason: str | None) -> str:
         """Words for an error that came back, without repeating text that a site did not mean to send."""
+        if code in RUNTIME_FAILURES:
+            return RUNTIME_FAILURES[code]
         try:
             return str(cls(code=code, error_id=reason or ""))
         except (ValidationError, KeyError):
@@ -339,6 +339,7 @@ _ERRORS: dict[int, tuple[type[BaseException], str]] = {
     1004: (MessageError, "the site could not accept the instruction"),
     1005: (BudgetExceededError, "the site's privacy budget does not allow it"),
     1006: (LedgerError, "the site's privacy ledger cannot be used"),
+    1008: (MemoryError, "the site ran out of memory"),
     1007: (PrivacyError, "the site cannot protect its patients as asked"),
     1000: (BaseException, "the site failed unexpectedly"),
 }

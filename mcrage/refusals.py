@@ -12,6 +12,8 @@ REFUSALS: dict[int, str] = {
     2006: "the share of test patients is outside the site's policy",
     2007: "settings of privacy came without asking for it, or it was asked for without them",
     2008: "the site's policy lets no loss leave without differential privacy",
+    2009: "the site has not approved the bundle of this run: 'python -m client approve' there",
+    2010: "the site runs another version of the app than the bundle of this run",
     2101: "the noise multiplier is below the site's policy",
     2102: "the noise multiplier is beyond what can be accounted for",
     2103: "the sampling rate is above the site's policy",
@@ -47,3 +49,21 @@ REFUSALS: dict[int, str] = {
 
 OF_FAULT = {"missing": 2301, "unknown": 2302, "dtype": 2303, "shape": 2304, "finite": 2305, "size": 2306}
 """Code of each fault of parameters."""
+
+BUSY, ENDED, TOO_LONG, STOPPED, UNLOGGED = 1020, 1021, 1022, 1023, 1024
+
+FAILURES: dict[int, str] = {
+    BUSY: "another process at the site works on its data",
+    ENDED: "the site's worker ended unexpectedly, perhaps for want of memory",
+    TOO_LONG: "the site took longer than it allows itself",
+    STOPPED: "the site was stopped",
+    UNLOGGED: "the site could not write its audit log",
+}
+"""Why a hospital's daemon gave no answer; the words are the server's."""
+
+RUNTIME_FAILURES: dict[int, str] = {
+    5: "the site's node is not connected any more",
+    7: "the site has not approved the bundle of this run: 'python -m client approve' there",
+    8: "the site's program stopped responding",
+}
+"""Codes of Flower's own."""

@@ -25,8 +25,11 @@ def main(grid: Grid, context: Context) -> None:
     _show_log()
     config = RunConfig.parse(context.run_config)
     started = time.monotonic()
-    result = run_federation(grid, config, progress=_say)
-    save_result(result, config, seconds=time.monotonic() - started)
+
+    def keep(result: FederationResult) -> None:
+        save_result(result, config, seconds=time.monotonic() - started)
+
+    run_federation(grid, config, progress=_say, keep=keep)
     _LOG.info("model, metrics and record are in %s", Path(config.places.out_dir).resolve())
 
 

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from mcrage.errors import CheckpointError
+from mcrage.errors import CheckpointError, ConfigError, FederationError
+from mcrage.files import lock_file
 
 _LOG = logging.getLogger("mcrage.server")
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _KEPT = 2
+LOCK = ".lock"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,6 +56,27 @@ class Checkpoint:
     strategy_state: Arrays
     history: tuple[Mapping[str, Any], ...]
     site_counts: Mapping[str, str]
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps every other run out of it.
+
+    Raises:
+        FederationError: If another run has it.
+        ConfigError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / LOCK)
+    except OSError as error:
+        raise ConfigError(f"out-dir '{folder}': {error.strerror or error}") from None
+    if lock is None:
+        raise FederationError(f"another run writes to '{folder}': wait for its end, or take another out-dir")
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 class CheckpointFolder:

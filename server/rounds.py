@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvgM
 
 from mcrage.cddpm import CDDPM
-from mcrage.config import PrivacyConfig, RunConfig
+from mcrage.config import RunConfig
 from mcrage.data.groups import GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
@@ -28,29 +27,24 @@ from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import CheckpointError, ConfigError, FederationError
 from mcrage.memory import require_memory
-from mcrage.messages import (
-    EvaluateInstruction,
-    Parameters,
-    SiteLoss,
-    SiteScores,
-    SiteUpdate,
-    TrainInstruction,
-    Wire,
-    counts_from_json,
-    counts_to_json,
-)
+from mcrage.messages import Parameters, SiteLoss, SiteScores, SiteUpdate, Wire, counts_from_json, counts_to_json
 from mcrage.privacy.counts import SCORE_EDGES
 from mcrage.privacy.statement import PrivacyAccount
-from server.budget import with_noise
-from server.checkpoints import Checkpoint, CheckpointFolder
+from server.accounts import collect_accounts
+from server.budget import planned_epsilon, with_noise
+from server.checkpoints import Checkpoint, CheckpointFolder, one_writer
+from server.exchange import Exchange, Subject
+from server.instructions import Instructions
 from server.records import MetricsFile as MetricsFile
 from server.records import RoundRecord as RoundRecord
-from server.roster import Roster, call_roll, collect_accounts, total_counts
-from server.strategy import RoundGrid, aggregate, make_strategy, restore_state, state_of, to_record
-from server.validation import Replies, check_replies
+from server.roster import Roster, call_roll, site_weights, total_counts
+from server.status import LiveStatus
+from server.strategy import aggregate, make_strategy, restore_state, state_of
+from server.validation import Replies, check_replies, read_update
 
 _LOG = logging.getLogger("mcrage.server")
 T = TypeVar("T")
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,49 +73,73 @@ class FederationResult:
 Progress = Callable[[RoundRecord], None]
 
 
-def run_federation(grid: Grid, config: RunConfig, *, progress: Progress | None = None) -> FederationResult:
+def run_federation(
+    grid: Grid,
+    config: RunConfig,
+    *,
+    progress: Progress | None = None,
+    keep: Callable[[FederationResult], None] | None = None,
+) -> FederationResult:
     """Trains one generator at all sites that the grid reaches.
 
     Args:
         grid: Flower's, or one inside this process.
-        config: The settings. Checkpoints and ``metrics.jsonl`` go to ``config.places.out_dir``.
+        config: The settings. Checkpoints, ``metrics.jsonl`` and ``status.json`` go to ``config.places.out_dir``.
         progress: Called after every round.
+        keep: Called with the result, while the folder is still this run's alone and the run not yet done.
 
     Raises:
-        FederationError: If too few sites answer, or the training diverges; ``resume`` goes on from the last round.
+        FederationError: If too few sites answer, the training diverges (``resume`` goes on from the last round), or
+            another run has the folder.
         SchemaError: If the sites' data dictionaries differ.
-        ConfigError: If the folder has an unfinished run and ``resume`` is not set.
+        ConfigError: If the folder has an unfinished run and ``resume`` is not set, or a setting names a file that
+            cannot be used.
         CheckpointError: If ``resume`` is set and the run there had other settings.
     """
-    roster = call_roll(grid, config)
-    loop = RoundLoop(grid, config, roster)
-    while loop.server_round < config.federation.num_server_rounds:
-        record = loop.next_round()
-        if progress is not None:
-            progress(record)
-    return replace(loop.result(), accounts=loop.accounts())
+    out_dir = Path(config.places.out_dir)
+    with one_writer(out_dir), LiveStatus(out_dir / "status.json", config) as status:
+        timeout = config.execution.round_timeout_seconds
+        exchange = Exchange(grid, timeout=timeout, heard=status.heard)
+        begun = CheckpointFolder(out_dir / CHECKPOINTS).latest() if config.places.resume else None
+        schema = None if begun is None else CDDPM.from_description(begun.description).schema_
+        status.change(server_round=0 if begun is None else begun.server_round)
+        roster = call_roll(grid, config, exchange=exchange, schema=schema, waiting=status.waiting)
+        loop = RoundLoop(grid, config, roster, status=status)
+        while loop.server_round < config.federation.num_server_rounds:
+            record = loop.next_round()
+            if progress is not None:
+                progress(record)
+        result = replace(loop.result(), accounts=loop.accounts())
+        if keep is not None:
+            keep(result)
+    return result
 
 
 class RoundLoop:
-    """A run between two rounds. What the next round depends on is all in one :class:`Checkpoint`.
+    """A run between two rounds. What the next round depends on is all in one :class:`Checkpoint` and the roster.
 
     Args:
         grid: Reaches the sites.
         config: The settings.
         roster: The sites.
+        status: Is told what happens; None for nobody.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, roster: Roster) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, roster: Roster, *, status: LiveStatus | None = None) -> None:
         self._grid, self._config, self._roster = grid, with_noise(config, roster.schema), roster
-        self._weights = roster.weights(config.federation.site_weights)
+        self._status = status or LiveStatus(None, config)
+        if status is not None and config.privacy.dp:
+            status.change(epsilon_planned=planned_epsilon(self._config, roster.schema))
         out_dir = Path(config.places.out_dir)
-        self._checkpoints = CheckpointFolder(out_dir / "checkpoints")
+        self._checkpoints = CheckpointFolder(out_dir / CHECKPOINTS)
         self._metrics = MetricsFile(out_dir / "metrics.jsonl")
         self._strategy = make_strategy(config.federation)
         self._state = self._resumed() or self._begun()
         self._names = list(self._state.parameters)
+        self._instructions = Instructions(self._config, self._state.description)
         restore_state(self._strategy, self._state.strategy_state, self._names)
         self._metrics.restart(self._records())
+        self._tell_progress()
 
     @property
     def server_round(self) -> int:
@@ -132,11 +150,13 @@ class RoundLoop:
         """Trains one round and keeps it: after this returns, a crash costs nothing."""
         started = time.monotonic()
         server_round = self.server_round + 1
+        self._roster.update(server_round)
+        self._count_joiners()
         replies, instructions = self._collect_updates(server_round)
         parameters = aggregate(
             self._strategy,
             replies.accepted,
-            weights=self._weights,
+            weights=site_weights(self._site_counts(), self._config.federation.site_weights),
             instructions=instructions,
             server_round=server_round,
         )
@@ -162,31 +182,33 @@ class RoundLoop:
         federation = self._config.federation
         model.set_params(random_state=federation.seed)
         model.calibrate(self._rows_trained())
-        schema = self._roster.schema
-        site_counts = {site: counts_from_json(text, schema) for site, text in self._state.site_counts.items()}
+        site_counts = self._site_counts()
         return FederationResult(
             model=model,
             site_counts=site_counts,
             group_counts=total_counts(site_counts),
-            marginals=self._roster.marginals,
+            marginals=model.transform.marginals,
             history=self._records(),
             absent=self._roster.absent,
         )
 
     def accounts(self) -> Mapping[str, PrivacyAccount]:
         """What the sites' privacy ledgers say, by site; empty without privacy."""
-        return collect_accounts(self._grid, self._config, self._roster) if self._config.privacy.dp else {}
+        return collect_accounts(self._config, self._roster) if self._config.privacy.dp else {}
+
+    def _site_counts(self) -> dict[str, GroupCounts]:
+        return {site: counts_from_json(text, self._roster.schema) for site, text in self._state.site_counts.items()}
 
     def _rows_trained(self) -> int:
         """Rows that all steps saw together, from public numbers."""
         federation, privacy = self._config.federation, self._config.privacy
-        per_step = federation.batch_size * len(self._state.site_counts)
-        if privacy.dp:
-            patients = sum(
-                sum(counts_from_json(text, self._roster.schema).values()) for text in self._state.site_counts.values()
-            )
-            per_step = int(privacy.dp_sample_rate * patients * privacy.dp_draws)
-        return self.server_round * federation.local_steps * per_step
+        if not privacy.dp:
+            per_step = [federation.batch_size * len(record.sites) for record in self._records()]
+        else:
+            patients = {site: sum(counts.values()) for site, counts in self._site_counts().items()}
+            drawn = [privacy.dp_sample_rate * sum(map(patients.__getitem__, r.sites)) for r in self._records()]
+            per_step = [int(patients_drawn * privacy.dp_draws) for patients_drawn in drawn]
+        return federation.local_steps * sum(per_step)
 
     def _begun(self) -> Checkpoint:
         """The state before the first round."""
@@ -197,7 +219,6 @@ class RoundLoop:
             self._roster.schema, self._roster.marginals, config=size, random_state=federation.seed
         )
         parameters = model.parameters()
-        described = self._roster.descriptions.items()
         self._checkpoints.clear()
         return Checkpoint(
             server_round=0,
@@ -208,7 +229,7 @@ class RoundLoop:
             average=parameters,
             strategy_state={},
             history=(),
-            site_counts={site: counts_to_json(description.group_counts) for site, description in described},
+            site_counts=self._described_counts(),
         )
 
     def _resumed(self) -> Checkpoint | None:
@@ -226,7 +247,16 @@ class RoundLoop:
         # safetensors keeps no order; the strategies go by the model's.
         names = list(CDDPM.from_description(latest.description).parameters())
         parameters, average = ({name: part[name] for name in names} for part in (latest.parameters, latest.average))
-        return replace(latest, parameters=parameters, average=average)
+        # Who came while nothing ran counts as a joiner; what a site told when it joined stays as it was.
+        site_counts = _by_name(self._described_counts() | dict(latest.site_counts))
+        return replace(latest, parameters=parameters, average=average, site_counts=site_counts)
+
+    def _described_counts(self) -> dict[str, str]:
+        return {site: counts_to_json(told.group_counts) for site, told in self._roster.descriptions.items()}
+
+    def _count_joiners(self) -> None:
+        site_counts = _by_name(self._described_counts() | dict(self._state.site_counts))
+        self._state = replace(self._state, site_counts=site_counts)
 
     def _fingerprint(self) -> str:
         parts = self._config.run + self._roster.schema.fingerprint
@@ -235,100 +265,68 @@ class RoundLoop:
     def _collect_updates(self, server_round: int) -> tuple[Replies[SiteUpdate], dict[str, Message]]:
         """Checked updates, the instructions they answer, and who is missing; sites are asked again below quorum."""
         execution, needed = self._config.execution, self._config.federation.min_sites
-        shapes = {name: array.shape for name, array in self._state.parameters.items()}
-        read = partial(SiteUpdate.from_wire, shapes=shapes)
         accepted: dict[str, SiteUpdate] = {}
         instructions: dict[str, Message] = {}
+        dropped: Mapping[str, str] = {}
         for attempt in range(1 + execution.quorum_retries):
             if attempt:
-                time.sleep(execution.quorum_wait_seconds)
-            sites = [site for site in self._roster.nodes if site not in accepted]
-            messages = self._train_messages(server_round, self._connected(sites))
-            replies = self._exchange(messages, sites, read, server_round)
+                self._status.waiting(dropped)
+                self._roster.exchange.pause(execution.quorum_wait_seconds)
+            missing = [site for site in self._roster.nodes if site not in accepted]
+            replies, messages = self._ask_to_train(server_round, missing)
             accepted |= replies.accepted
             instructions |= messages
+            dropped = replies.dropped
             if len(accepted) >= needed:
-                return Replies(accepted, replies.dropped), instructions
-        reasons = "".join(f"\n{site}: {reason}" for site, reason in replies.dropped.items())
+                return Replies(_by_name(accepted), dropped), instructions
+        reasons = "".join(f"\n{site}: {reason}" for site, reason in dropped.items())
         raise FederationError(
             f"round {server_round}: {len(accepted)} sites answered, {needed} are needed; "
             f"resume=true goes on after round {server_round - 1}{reasons}"
         )
 
-    def _train_messages(self, server_round: int, sites: list[str]) -> dict[str, Message]:
-        """The strategy's instructions, by site."""
-        if not sites:
-            return {}  # a strategy would wait for a node for ever
-        federation, privacy = self._config.federation, self._config.privacy
-        instruction = TrainInstruction(
-            **self._common(),
+    def _ask_to_train(
+        self, server_round: int, sites: Iterable[str]
+    ) -> tuple[Replies[SiteUpdate], Mapping[str, Message]]:
+        """What those of the sites answer that can be asked, or were asked in this round and still work on it."""
+        subject = Subject("training", server_round)
+        standing = self._roster.standing(sites)
+        working = [site for site, other in standing.busy.items() if other == subject]
+        asked = sorted([*standing.free, *working])
+        not_asked = {site: reason for site, reason in standing.reasons.items() if site not in asked}
+        busy = {site: reason for site, reason in not_asked.items() if site in standing.busy}
+        self._status.asking(server_round, asked, busy=busy, absent={**self._roster.absent, **standing.absent})
+        messages = self._instructions.training(
+            self._strategy,
+            {site: self._roster.nodes[site] for site in standing.free},
             server_round=server_round,
             parameters=self._state.parameters,
-            first_step=(server_round - 1) * federation.local_steps,
-            local_steps=federation.local_steps,
-            total_steps=federation.total_steps,
-            batch_size=federation.batch_size,
-            learning_rate=federation.learning_rate,
-            warmup_steps=federation.warmup_steps,
-            proximal_mu=federation.proximal_mu if federation.strategy == "fedprox" else 0.0,
-            **(_noise(privacy) if privacy.dp else {}),
+            grid=self._grid,
         )
-        wire = instruction.to_wire()
-        if isinstance(self._strategy, FedAvgM):
-            self._strategy.current_arrays = None  # else it starts from its own copy, not from what was kept
-        view = RoundGrid(self._grid, [self._roster.nodes[site] for site in sites])
-        config = ConfigRecord(dict(wire.values))
-        messages = self._strategy.configure_train(server_round, to_record(wire.arrays), config, view)
-        by_node = {message.metadata.dst_node_id: message for message in messages}
-        return {site: by_node[self._roster.nodes[site]] for site in sites}
+        sent, max_norm = self._state.parameters, self._config.federation.max_update_norm
+        replies = check_replies(
+            self._roster.exchange.ask(messages, subject),
+            asked=asked,
+            read=partial(read_update, sent=sent, max_norm=max_norm),
+            server_round=server_round,
+        )
+        return Replies(replies.accepted, _by_name(replies.dropped | not_asked)), messages
 
     def _measured(self, server_round: int, average: Parameters) -> Mapping[str, SiteLoss | SiteScores]:
         """What the sites say about the averaged model, in the rounds in which it is measured."""
         if server_round not in self._config.measured_rounds():
             return {}
-        privacy = self._config.privacy
-        wire = EvaluateInstruction(
-            **self._common(),
-            server_round=server_round,
-            parameters=average,
-            score_epsilon=privacy.dp_score_epsilon if privacy.dp else 0.0,
-        ).to_wire()
-        content = RecordDict({"config": ConfigRecord(dict(wire.values)), "arrays": to_record(wire.arrays)})
-        sites = self._connected(self._roster.nodes)
-        messages = {site: Message(content, self._roster.nodes[site], MessageType.EVALUATE) for site in sites}
         read: Callable[[Wire], SiteLoss | SiteScores] = SiteLoss.from_wire
-        if privacy.dp:
+        if self._config.privacy.dp:
             read = partial(SiteScores.from_wire, shape=_scores_shape(self._roster.schema))
-        replies = self._exchange(messages, sites, read, server_round)
-        for site, reason in replies.dropped.items():
+        standing = self._roster.standing(self._roster.nodes)
+        nodes = {site: self._roster.nodes[site] for site in standing.free}
+        messages = self._instructions.measurement(nodes, server_round=server_round, parameters=average)
+        answers = self._roster.exchange.ask(messages, Subject("measurement", server_round))
+        replies = check_replies(answers, asked=nodes, read=read, server_round=server_round)
+        for site, reason in (standing.reasons | replies.dropped).items():
             _LOG.warning("round %d: site %s did not measure the model: %s", server_round, site, reason)
         return replies.accepted
-
-    def _common(self) -> dict[str, Any]:
-        """What every instruction about the model says."""
-        federation, privacy = self._config.federation, self._config.privacy
-        return {
-            "run": self._config.run,
-            "test_fraction": federation.test_fraction,
-            "description": self._state.description,
-            "seed": federation.seed,
-            "dp": privacy.dp,
-            "delta": privacy.dp_delta if privacy.dp else 0.0,
-            "noise_seed": privacy.dp_noise_seed,
-        }
-
-    def _connected(self, sites: Iterable[str]) -> list[str]:
-        online = set(self._grid.get_node_ids())
-        return [site for site in sites if self._roster.nodes[site] in online]
-
-    def _exchange(
-        self, messages: Mapping[str, Message], sites: Iterable[str], read: Callable[[Wire], T], server_round: int
-    ) -> Replies[T]:
-        """Sends, waits until the deadline, and checks; a site without a message counts as missing."""
-        asked = {self._roster.nodes[site]: site for site in sites}
-        timeout = self._config.execution.round_timeout_seconds
-        answers = self._grid.send_and_receive(messages.values(), timeout=timeout) if messages else []
-        return check_replies(answers, asked=asked, read=read, server_round=server_round)
 
     def _keep(self, record: RoundRecord, parameters: Parameters, average: Parameters) -> None:
         for site, reason in record.dropped.items():
@@ -343,6 +341,12 @@ class RoundLoop:
         )
         self._checkpoints.save(self._state)
         self._metrics.append(record)
+        busy = self._roster.standing(record.dropped).busy
+        self._status.round_done(record.server_round, dropped=record.dropped, busy=busy)
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        self._status.reached(self.server_round, [record.seconds for record in self._records()])
 
     def _records(self) -> tuple[RoundRecord, ...]:
         return tuple(RoundRecord(**record) for record in self._state.history)
@@ -353,14 +357,8 @@ def _scores_shape(schema: TableSchema) -> tuple[int, int, int]:
     return math.prod(len(column.group_levels) for column in schema.sensitive), 2, len(SCORE_EDGES) - 1
 
 
-def _noise(privacy: PrivacyConfig) -> dict[str, Any]:
-    """What a training instruction says about noise."""
-    return {
-        "noise_multiplier": privacy.dp_noise_multiplier,
-        "sample_rate": privacy.dp_sample_rate,
-        "max_grad_norm": privacy.dp_max_grad_norm,
-        "draws": privacy.dp_draws,
-    }
+def _by_name(by_site: Mapping[str, T]) -> dict[str, T]:
+    return {site: by_site[site] for site in sorted(by_site)}
 
 
 def moved_average(average: Parameters, parameters: Parameters, *, decay: float, server_round: int) -> Parameters:

@@ -1,8 +1,8 @@
 """Which Flower strategy averages the updates, and what of it has to survive a restart.
 
-The strategies are Flower's own. Around them: a view of the grid that holds the sites of this round and no others, so
-that neither Flower's waiting loop nor its draws from the global generator decide who takes part; and their moments as
-named arrays, for the checkpoint.
+The strategies are Flower's own, also those that bear a site that lies. Around them: a view of the grid that holds the
+sites of this round and no others, so that neither Flower's waiting loop nor its draws from the global generator decide
+who takes part; and their moments as named arrays, for the checkpoint.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from flwr.serverapp.strategy import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+)
 from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
-from mcrage.config import FederationConfig
+from mcrage.config import SITES_FOR_MEDIAN, FederationConfig, RobustName, sites_for_krum, sites_for_trimming
 from mcrage.errors import FederationError
 from mcrage.messages import Parameters, SiteUpdate
 
@@ -26,7 +36,12 @@ WEIGHT = "weight"
 
 
 def make_strategy(config: FederationConfig) -> FedAvg:
-    """The strategy of a run. It takes every site that it is shown and waits for none."""
+    """The strategy of a run. It takes every site that it is shown and waits for none.
+
+    A server's momentum is FedAvgM's own, moments are FedAdam's and FedYogi's. The robust strategies (FedMedian,
+    FedTrimmedAvg, Krum, MultiKrum) have neither: what they average is the next round's start, and a restart has nothing
+    of theirs to keep.
+    """
     common: dict[str, Any] = {
         "min_train_nodes": 1,
         "min_available_nodes": 1,
@@ -46,6 +61,20 @@ def make_strategy(config: FederationConfig) -> FedAvg:
             return FedAdam(**common, **moments)
         case "fedyogi":
             return FedYogi(**common, **moments)
+        case robust:
+            return _robust(robust, config, common)
+
+
+def _robust(name: RobustName, config: FederationConfig, common: Mapping[str, Any]) -> FedAvg:
+    match name:
+        case "fedmedian":
+            return FedMedian(**common)
+        case "fedtrimmedavg":
+            return FedTrimmedAvg(**common, beta=config.trimmed_share)
+        case "krum":
+            return Krum(**common, num_malicious_nodes=config.malicious_sites)
+        case "multikrum":
+            return MultiKrum(**common, num_malicious_nodes=config.malicious_sites)
 
 
 def state_of(strategy: FedAvg, names: Sequence[str]) -> State:
@@ -87,11 +116,20 @@ def aggregate(
     The strategy gets messages that are made here: the sites' numbers, the server's weights and nothing else.
 
     Raises:
-        FederationError: If the result is not finite: the training diverged.
+        FederationError: If the result is not finite: the training diverged. If there are so few updates that a robust
+            strategy would be the plain mean, or could be led by a lying site.
     """
+    needed = _needed_updates(strategy)
+    if len(updates) < needed:
+        name = type(strategy).__name__
+        raise FederationError(f"round {server_round}: {name} needs the updates of {needed} sites, got {len(updates)}")
+    if type(strategy) is MultiKrum:  # Krum is one too, and takes one update
+        strategy.num_nodes_to_select = len(updates) - strategy.num_malicious_nodes
+    # Krum's squared distances are differences of squared norms, which float32 would round away.
+    dtype = np.float64 if needed > 1 else np.float32
     replies = []
     for site in sorted(updates):
-        arrays = to_record(updates[site].parameters)
+        arrays = to_record({name: array.astype(dtype, copy=False) for name, array in updates[site].parameters.items()})
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord({WEIGHT: weights[site]})})
         replies.append(Message(content, reply_to=instructions[site]))
     averaged, _ = strategy.aggregate_train(server_round, replies)
@@ -103,6 +141,18 @@ def aggregate(
             f"round {server_round}: {len(bad)} averaged arrays are not finite; lower the learning rates"
         )
     return parameters
+
+
+def _needed_updates(strategy: FedAvg) -> int:
+    match strategy:
+        case MultiKrum():
+            return sites_for_krum(strategy.num_malicious_nodes)
+        case FedTrimmedAvg():
+            return sites_for_trimming(strategy.beta)
+        case FedMedian():
+            return SITES_FOR_MEDIAN
+        case _:
+            return 1
 
 
 def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:

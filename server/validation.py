@@ -4,18 +4,20 @@ A reply that is not as agreed costs its site the round and nothing else; the rea
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Array, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from mcrage.errors import MessageError
-from mcrage.messages import Scalar, SiteError, Wire
+from mcrage.messages import Parameters, Scalar, SiteUpdate
+from mcrage.wire import Wire, unpacked
+from server.exchange import Answer, failure
 
 T = TypeVar("T")
 
@@ -38,44 +40,72 @@ class Replies(Generic[T]):
 
 
 def check_replies(
-    messages: Iterable[Message], *, asked: Mapping[int, str], read: Callable[[Wire], T], server_round: int | None = None
+    answers: Iterable[Answer],
+    *,
+    asked: Collection[str],
+    read: Callable[[Wire], T],
+    server_round: int | None = None,
 ) -> Replies[T]:
     """The replies of the sites that were asked, each checked by ``read``.
 
     Args:
-        messages: Whatever came back.
-        asked: Site by node id.
+        answers: Whatever came back.
+        asked: Sites.
         read: Gives a message of :mod:`mcrage.messages`, or raises MessageError.
         server_round: Round that a reply must be of; None where there is none.
     """
     accepted: dict[str, T] = {}
     dropped: dict[str, str] = {}
     seen: set[str] = set()
-    for message in messages:
-        site = asked.get(message.metadata.src_node_id)
-        if site is None:
-            continue  # An error of the SuperLink comes from its own node id: that site is counted as missing below.
+    for answer in answers:
+        site = answer.site
+        if site not in asked:
+            continue
         if site in seen:
             accepted.pop(site, None)
             dropped[site] = "answered twice"
             continue
         seen.add(site)
         try:
-            accepted[site] = _read(message, read, server_round)
+            accepted[site] = _read(answer, read, server_round)
         except MessageError as error:
             dropped[site] = str(error)
-    missing = {site: "did not answer in time" for site in asked.values() if site not in seen}
+    missing = {site: "did not answer in time" for site in asked if site not in seen}
     return Replies(_sorted(accepted), _sorted(dropped | missing))
 
 
-def _read(message: Message, read: Callable[[Wire], T], server_round: int | None) -> T:
-    if message.has_error():
-        raise MessageError(SiteError.readable(message.error.code, message.error.reason))
-    reply = read(received(message.content))
+def _read(answer: Answer, read: Callable[[Wire], T], server_round: int | None) -> T:
+    if not answer.is_from_there:
+        raise MessageError("its reply came from another node")
+    if answer.message.has_error():
+        raise MessageError(failure(answer.message))
+    reply = read(received(answer.message.content))
     came = getattr(reply, "server_round", None)
     if came != server_round:
         raise MessageError(f"expected a reply of round {server_round}, got one of round {came}")
     return reply
+
+
+def read_update(wire: Wire, *, sent: Parameters, max_norm: float) -> SiteUpdate:
+    """A site's update, checked against the parameters that it was sent.
+
+    Args:
+        wire: What came.
+        sent: The parameters, by name.
+        max_norm: L2 norm of the difference above which an update is not taken; 0 for any.
+
+    Raises:
+        MessageError: If anything is not as agreed.
+    """
+    update = SiteUpdate.from_wire(wire, shapes={name: array.shape for name, array in sent.items()})
+    if not max_norm:
+        return update
+    # Float64: the sum of a large network's squares would lose its small ones.
+    moved = (array.astype(np.float64) - sent[name] for name, array in update.parameters.items())
+    norm = math.sqrt(sum(float(np.square(part).sum()) for part in moved))
+    if norm > max_norm:
+        raise MessageError(f"its update has the norm {norm:.3g}, beyond max-update-norm={max_norm:g}")
+    return update
 
 
 def received(content: RecordDict) -> Wire:
@@ -94,7 +124,8 @@ def received(content: RecordDict) -> Wire:
         values[name] = value
     if len(values) > MAX_VALUES:
         raise MessageError(f"expected at most {MAX_VALUES} values, got {len(values)}")
-    return Wire(values, {name: read_array(array, name) for name, array in content.array_records["arrays"].items()})
+    arrays = {name: read_array(array, name) for name, array in content.array_records["arrays"].items()}
+    return unpacked(Wire(values, arrays))
 
 
 def read_array(array: Array, name: str) -> NDArray[Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mcrage.config import RunConfig, Scalar
 from mcrage.errors import FederationError
+from mcrage.supervision import started_with
 
 HOME = "FLWR_HOME"
 _FLWR = str(Path(sys.executable).parent / "flwr")
@@ -139,23 +140,8 @@ def _nothing_left_behind(home: Path) -> Iterator[None]:
 
 
 def processes_of(home: Path) -> set[int]:
-    """Ids of the processes that were started with this Flower home, and of their descendants.
-
-    Descendants count by parent: some programs overwrite their environment when they set their title.
-    """
-    mark = f"{HOME}={home.resolve()}".encode()
-    parents: dict[int, int] = {}
-    found: set[int] = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(int(folder.name))
-        except (OSError, IndexError):
-            continue  # it ended meanwhile, or is another user's
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
+    """Ids of the processes that were started with this Flower home, and of their descendants."""
+    return started_with(HOME, str(home.resolve()))
 
 
 def _send(process_id: int, number: signal.Signals) -> None:

@@ -5,12 +5,14 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.boundary import answer, incoming
+from client.boundary import answer, incoming, refuse
 from mcrage.errors import DataError, MessageError, Problem
 from mcrage.messages import Outgoing, SiteLoss, SiteUpdate
+from mcrage.wire import Wire, unpacked
 
 CANARY = "Mrs Jane Doe 1951-02-03"
 
@@ -32,8 +34,10 @@ def test_a_permitted_reply_leaves_whole(instruction: Message) -> None:
     parameters = {"w": np.arange(3, dtype=np.float32)}
     reply = answer(instruction, lambda: SiteUpdate(server_round=1, loss=0.5, parameters=parameters))
     assert set(reply.content) == {"config", "arrays"}
-    assert dict(reply.content.config_records["config"]) == {"server-round": 1, "loss": 0.5}
-    np.testing.assert_array_equal(reply.content.array_records["arrays"]["w"].numpy(), parameters["w"])
+    arrays = {name: array.numpy() for name, array in reply.content.array_records["arrays"].items()}
+    wire = unpacked(Wire(dict(reply.content.config_records["config"]), arrays))
+    assert wire.values == {"server-round": 1, "loss": 0.5}
+    np.testing.assert_array_equal(wire.arrays["w"], parameters["w"])
 
 
 def test_the_text_of_an_error_stays_in_a_file_of_the_site(
@@ -109,3 +113,26 @@ def test_an_instruction_with_other_records_is_refused(instruction: Message) -> N
     with pytest.raises(MessageError, match="expected a record"):
         incoming(instruction)
     assert answer(instruction, lambda: SiteLoss(server_round=incoming(instruction).values["x"], loss=1)).has_error()
+
+
+def test_an_instruction_that_there_is_not_is_told_by_its_code_alone(instruction: Message, tmp_path: Path) -> None:
+    log = tmp_path / "debug.log"
+    reply = answer(instruction, lambda: refuse(CANARY + "x" * 1000), log=log)
+    assert (reply.error.code, CANARY in repr(reply)) == (1004, False)
+    assert CANARY in log.read_text(encoding="utf-8")
+    assert "x" * 40 not in log.read_text(encoding="utf-8"), "nor does a server fill the hospital's disk"
+
+
+WANTS_MEMORY: list[Callable[[], object]] = [
+    lambda: torch.empty(2**50),
+    lambda: np.zeros(2**60, np.uint8),
+    raising(MemoryError(CANARY)),
+    raising(torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 20.00 GiB {CANARY}")),
+]
+
+
+@pytest.mark.parametrize("work", WANTS_MEMORY, ids=range(len(WANTS_MEMORY)))
+def test_want_of_memory_has_a_code_of_its_own(instruction: Message, work: Callable[[], Outgoing]) -> None:
+    reply = answer(instruction, work)
+    assert (reply.error.code, CANARY in repr(reply)) == (1008, False)
+    assert answer(instruction, raising(RuntimeError("memory"))).error.code == 1000

@@ -11,8 +11,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
+from client.places import LEDGER, WITNESS
 from client.policy import PrivacyRules, SitePolicy
-from client.protection import LEDGER, WITNESS, prepare
+from client.protection import prepare
 from mcrage.cddpm import CDDPM
 from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import ModelConfig

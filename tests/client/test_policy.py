@@ -143,6 +143,7 @@ MORE: list[tuple[int, str, Values, dict[str, Values]]] = [
     (2112, "train", {"first_step": 10**9}, {}),
     (2113, "describe", {"count_epsilon": 0.0}, {}),
     (2114, "describe", {"histogram_noise": 1e-3}, {}),
+    (2116, "describe", {"dp": False}, {"privacy": OPEN | {"allow_histograms": False}}),
     (2201, "evaluate", {"size": {"depth": 10**9}}, {}),
     (2201, "train", {"size": {"width": 4096, "depth": 32}}, {}),
     *((2203, "train", {"description": text}, {}) for text in NO_MODELS),

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from client.places import LEDGER, POLICY, WITNESS
 from client.policy import DataRules, PrivacyRules, SitePolicy
-from client.protection import LEDGER, POLICY, WITNESS, Release, instruction_digest, prepare
+from client.protection import Release, instruction_digest, prepare
 from client.site import Site
 from mcrage.cddpm import CDDPM
 from mcrage.data.schema import TableSchema

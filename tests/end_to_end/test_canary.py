@@ -19,13 +19,15 @@ from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
 from client.app import app
-from client.protection import DEBUG_LOG
+from client.places import DEBUG_LOG
+from client.policy import SitePolicy
 from mcrage.config import RunConfig, Scalar
 from mcrage.data.schema import TableSchema
 from mcrage.errors import DataError, FederationError, Problem
 from server.app import save_result
 from server.rounds import run_federation
 from simulations import grid
+from simulations.deployed import Federation
 from simulations.grid import InProcessGrid
 
 CANARY = "PHI_CANARY_7c1e9f0a"
@@ -140,7 +142,7 @@ def run(hospitals: Path, out: Path, **changes: Scalar) -> None:
 def leaked_files(folder: Path) -> list[str]:
     """Files with the canary, apart from the hospitals' tables and their own debug logs."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    own = [path for path in files if path.name == DEBUG_LOG or re.fullmatch(r"site-\d+\.csv", path.name)]
+    own = [path for path in files if path.name == DEBUG_LOG or re.fullmatch(r"(site-\d+|table)\.csv", path.name)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in own if path.name == DEBUG_LOG)
     return [str(path) for path in files if path not in own and holds_canary(path.read_bytes())]
 
@@ -216,13 +218,34 @@ def test_in_a_fault_no_text_of_a_patient_leaves(
     assert all(CANARY in text for text in kept)
 
 
+def break_table(path: Path) -> None:
+    table = pd.read_csv(path)
+    table["lab"] = table["lab"].astype(object)
+    table.loc[3, "lab"] = f"{CANARY}_lab"
+    table.to_csv(path, index=False)
+
+
+@pytest.mark.slow
+def test_among_real_daemons_no_text_of_a_patient_leaves_its_hospital(
+    hospitals: Path, new_federation: Callable[..., Federation]
+) -> None:
+    """All is well at one hospital, and the other one's table cannot be read."""
+    break_table(hospitals / "site-02.csv")
+    policy = SitePolicy.simulated(declared_patients=70)
+    federation = new_federation(hospitals, num_sites=2, policy=policy).all_up()
+    federation.want("canary", **{name.replace("-", "_"): value for name, value in PRIVATE.items()}, min_sites=1)
+    assert federation.finished("canary").state == "done"
+    assert federation.result("canary")["sites"] == ["site-01"]
+    assert "the table" in str(federation.result("canary")["absent"])
+    assert list((federation.home.folder / "state").glob("*.sqlite-wal"))  # the database is searched while it is in use
+    assert leaked_files(federation.folder) == []
+    assert holds_canary((federation.sites["site-02"].site.private / DEBUG_LOG).read_bytes())
+
+
 @pytest.mark.slow
 def test_in_flowers_own_runtime_a_broken_table_stays_at_its_hospital(hospitals: Path, tmp_path: Path) -> None:
     for path in hospitals.glob("site-*.csv"):
-        table = pd.read_csv(path)
-        table["lab"] = table["lab"].astype(object)
-        table.loc[3, "lab"] = f"{CANARY}_lab"
-        table.to_csv(path, index=False)
+        break_table(path)
     out = tmp_path / "out"
     script = (
         "import sys; from pathlib import Path; "

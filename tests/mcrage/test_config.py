@@ -44,6 +44,7 @@ def test_everything_that_is_wrong_is_reported_at_once() -> None:
         ("ema-decay", 1.0),
         ("test-fraction", 0.0),
         ("min-sites", 0),
+        ("max-update-norm", -1.0),
         ("quorum-wait-seconds", float("inf")),
         ("out-dir", ""),
         ("resume", 1),
@@ -61,9 +62,11 @@ def test_a_whole_number_serves_where_a_fraction_is_expected() -> None:
 
 def test_the_fingerprint_follows_what_changes_the_result_and_nothing_else() -> None:
     fingerprint = RunConfig().federation.fingerprint
-    elsewhere = RunConfig.parse({"out-dir": "b", "resume": True, "num-threads": 4, "round-timeout-seconds": 1.0})
+    elsewhere = RunConfig.parse(
+        {"out-dir": "b", "sites-file": "x", "resume": True, "num-threads": 4, "round-timeout-seconds": 1.0}
+    )
     assert elsewhere.federation.fingerprint == fingerprint
-    for key in ("seed", "width", "local-steps"):
+    for key in ("seed", "width", "local-steps", "max-update-norm"):
         assert RunConfig.parse({key: 17}).federation.fingerprint != fingerprint
 
 
@@ -89,6 +92,43 @@ def test_settings_cannot_be_changed() -> None:
 def test_privacy_that_cannot_hold_is_refused(given: dict[str, float | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strategy": "krum"}, "min-sites: krum with malicious-sites=1 needs 5 sites in every round; it is 2"),
+        (
+            {"strategy": "multikrum", "min-sites": 6, "malicious-sites": 2},
+            "min-sites: multikrum with malicious-sites=2 needs 7 sites in every round; it is 6",
+        ),
+        (
+            {"strategy": "fedtrimmedavg", "min-sites": 9, "trimmed-share": 0.1},
+            "min-sites: fedtrimmedavg with trimmed-share=0.1 needs 10 sites in every round; it is 9",
+        ),
+        ({"strategy": "fedmedian"}, "min-sites: fedmedian needs 3 sites in every round; it is 2"),
+        (
+            {"strategy": "fedmedian", "min-sites": 3, "site-weights": "counts"},
+            "site-weights: fedmedian counts every site once, whatever rows it claims; set it to uniform",
+        ),
+        ({"trimmed-share": 0.5}, "trimmed-share: input should be less than 0.5; it is 0.5"),
+        ({"malicious-sites": 0}, "malicious-sites: input should be greater than or equal to 1; it is 0"),
+    ],
+)
+def test_averages_that_cannot_bear_a_lying_site_are_refused_in_one_line(
+    given: dict[str, float | str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse(given)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sites"), [("fedmedian", 3), ("fedtrimmedavg", 5), ("krum", 5), ("multikrum", 5), ("fedavgm", 1)]
+)
+def test_a_strategy_is_accepted_with_as_many_sites_as_it_needs(strategy: str, sites: int) -> None:
+    federation = RunConfig.parse({"strategy": strategy, "min-sites": sites}).federation
+    assert federation.needed_sites == sites
 
 
 def test_a_run_is_named_by_what_its_releases_depend_on() -> None:

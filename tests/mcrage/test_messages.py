@@ -34,6 +34,7 @@ from mcrage.messages import (
     counts_from_json,
     counts_to_json,
 )
+from mcrage.refusals import FAILURES, REFUSALS, RUNTIME_FAILURES
 
 PARAMETERS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -256,6 +257,7 @@ def test_counts_come_back_as_they_went_out(shown: dict[tuple[str, str], int]) ->
         (BudgetExceededError("x"), 1005),
         (LedgerError("x"), 1006),
         (PrivacyError("x"), 1007),
+        (MemoryError("x"), 1008),
         (RefusedError(2101, "Jane Doe"), 2101),
         (ValueError("Jane Doe"), 1000),
     ],
@@ -267,6 +269,30 @@ def test_an_error_leaves_as_its_kind(error: Exception, code: int) -> None:
     assert SiteError.readable(sent.code, sent.error_id) == str(sent)
 
 
-@pytest.mark.parametrize(("code", "reason"), [(2, "ValueError: Jane Doe"), (1000, "Jane Doe"), (1000, None), (5, None)])
+@pytest.mark.parametrize(("code", "words"), FAILURES.items())
+def test_a_failure_of_the_sites_daemon_is_told_in_the_servers_words(code: int, words: str) -> None:
+    assert SiteError.readable(code, "0123abcd") == f"{words} (the site's log has error 0123abcd)"
+
+
+@pytest.mark.parametrize(("code", "words"), RUNTIME_FAILURES.items())
+@pytest.mark.parametrize("reason", ["Jane Doe", "0123abcd", "", None])
+def test_a_failure_of_flowers_own_is_told_in_the_servers_words(code: int, words: str, reason: str | None) -> None:
+    assert SiteError.readable(code, reason) == words
+
+
+def test_every_code_has_one_meaning_and_plain_words() -> None:
+    kinds = [REFUSALS, FAILURES, RUNTIME_FAILURES, {number: "" for number in range(1000, 1009)}]
+    codes = [code for each in kinds for code in each]
+    assert len(codes) == len(set(codes))
+    assert all(words.isprintable() and len(words) < 100 for each in kinds for words in each.values())
+    assert len({*FAILURES.values(), *REFUSALS.values()}) == len(FAILURES) + len(REFUSALS)
+
+
+# Of a site that lies, or of Flower: the text is not repeated, whatever the code.
+NOT_MEANT = [(2, "ValueError: Jane Doe"), (6, None), (9999, "0123abcd"), (-1, "0123abcd")]
+NOT_MEANT += [(code, reason) for code in (1000, 1020, 2101) for reason in ("Jane Doe", "0123abcd\n", "0123ABCD", None)]
+
+
+@pytest.mark.parametrize(("code", "reason"), NOT_MEANT)
 def test_the_text_of_an_error_that_was_not_meant_for_the_server_is_not_repeated(code: int, reason: str | None) -> None:
     assert SiteError.readable(code, reason) == f"the site's runtime failed with code {code}"

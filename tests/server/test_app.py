@@ -33,7 +33,9 @@ def test_the_app_leaves_a_model_metrics_and_a_record(tiny_config: Callable[..., 
     config = tiny_config()
     app(InProcessGrid.of_folder(client_app, 3, config), make_context(config))
     out_dir = tmp_path / "out"
-    assert sorted(path.name for path in out_dir.iterdir()) == ["checkpoints", "metrics.jsonl", "model", "run.json"]
+    names = [".lock", "checkpoints", "metrics.jsonl", "model", "run.json", "status.json"]
+    assert sorted(path.name for path in out_dir.iterdir()) == names
+    assert json.loads((out_dir / "status.json").read_text())["state"] == "done"
     record = json.loads((out_dir / "run.json").read_text())
     assert record["config"] == config.to_flat()
     assert record["sites"] == ["site-01", "site-02", "site-03"]
@@ -43,6 +45,16 @@ def test_the_app_leaves_a_model_metrics_and_a_record(tiny_config: Callable[..., 
     saved = CDDPM.load(out_dir / "model").parameters()
     for name, array in model.parameters().items():
         np.testing.assert_array_equal(saved[name], array)
+
+
+def test_a_run_whose_result_cannot_be_kept_has_failed(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = tiny_config(num_server_rounds=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        app(InProcessGrid.of_folder(client_app, 3, config), make_context(config))
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["server_round"], status["error"][:15]) == ("failed", 1, "FileExistsError")
 
 
 def test_settings_that_are_wrong_stop_the_app_before_any_site_is_asked(tiny_config: Callable[..., RunConfig]) -> None:

@@ -1,12 +1,16 @@
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mcrage.errors import CheckpointError
-from server.checkpoints import Checkpoint, CheckpointFolder
+from mcrage.errors import CheckpointError, ConfigError, FederationError
+from server.checkpoints import Checkpoint, CheckpointFolder, one_writer
 
 
 def checkpoint(server_round: int) -> Checkpoint:
@@ -114,3 +118,44 @@ def test_there_is_nothing_in_it_that_runs_when_it_is_read(tmp_path: Path) -> Non
     path = CheckpointFolder(tmp_path).save(checkpoint(1))
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
     assert set(json.loads((path / "manifest.json").read_text())) == {"state.json", "tensors.safetensors"}
+
+
+def enter(folder: Path) -> None:
+    with one_writer(folder):
+        pass
+
+
+def test_a_second_writer_is_told_which_folder_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    with one_writer(folder), pytest.raises(FederationError, match=r"another run writes to '.*a/run'"):
+        enter(folder)
+    enter(folder)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from server.checkpoints import one_writer
+with one_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_process_is_kept_out_until_it_is_dead_even_if_it_was_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(FederationError, match="another run writes"):
+            enter(tmp_path)
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    enter(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out-dir '.*file/run': Not a directory"):
+        enter(tmp_path / "file" / "run")

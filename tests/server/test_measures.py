@@ -1,19 +1,14 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from client.app import app
-from client.protection import Protection
 from mcrage.config import RunConfig
-from mcrage.privacy.statement import PrivacyAccount
 from server.app import save_result
-from server.roster import call_roll, collect_accounts
 from server.rounds import FederationResult, run_federation
 from simulations.grid import InProcessGrid
 
@@ -65,27 +60,6 @@ def test_fairness_comes_from_the_noisy_histograms_with_intervals_or_a_reason(
         assert (row["value"] is None) == bool(row["reason"])
         if row["value"] is not None:
             assert row["low"] <= row["value"] <= row["high"]
-
-
-@pytest.mark.parametrize("lie", [{"epsilon": 0.1}, {"site": "site-02"}])
-def test_a_site_that_lies_about_its_ledger_costs_the_run_nothing_but_its_statement(
-    private_run: tuple[RunConfig, FederationResult],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    lie: dict[str, Any],
-) -> None:
-    config, result = private_run
-    honest = Protection.account
-
-    def account(protection: Protection, run: str) -> PrivacyAccount:
-        true = honest(protection, run)
-        return replace(true, **lie) if protection.site == "site-01" else true
-
-    monkeypatch.setattr(Protection, "account", account)
-    grid = InProcessGrid.of_folder(app, 3, config)
-    accounts = collect_accounts(grid, config, call_roll(grid, config))
-    assert accounts == {site: result.accounts[site] for site in ("site-02", "site-03")}
-    assert "the privacy account of site site-01 is left out" in caplog.text
 
 
 def test_a_run_without_privacy_has_no_fairness_of_noisy_counts(

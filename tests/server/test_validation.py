@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcrage.errors import MessageError
-from mcrage.messages import SiteUpdate
-from server.validation import Replies, check_replies, read_array, received
+from mcrage.messages import SiteUpdate, Wire
+from server.exchange import Answer
+from server.validation import Replies, check_replies, read_array, read_update, received
 
 CANARY = "Mrs Jane Doe 1951-02-03"
-ASKED = {11: "b", 12: "a", 13: "c"}
+ASKED = {11: "b", 12: "a", 13: "c", 99: "stranger"}
+SITES = ["b", "a", "c"]
 GOOD = np.ones((2, 3), np.float32)
 
 
@@ -28,11 +30,13 @@ def reply(node_id: int, body: RecordDict | Error) -> Message:
 
 def check(*messages: Message) -> Replies[SiteUpdate]:
     read = partial(SiteUpdate.from_wire, shapes={"w": (2, 3)})
-    return check_replies(messages, asked=ASKED, read=read, server_round=2)
+    nodes = [message.metadata.src_node_id for message in messages]
+    answers = [Answer(ASKED[node_id], node_id, message) for node_id, message in zip(nodes, messages, strict=True)]
+    return check_replies(answers, asked=SITES, read=read, server_round=2)
 
 
 def test_good_replies_come_in_the_order_of_the_names() -> None:
-    replies = check(*(reply(node_id, content()) for node_id in ASKED))
+    replies = check(*(reply(node_id, content()) for node_id in (11, 12, 13)))
     assert list(replies.accepted) == ["a", "b", "c"]
     assert replies.dropped == {}
 
@@ -41,16 +45,30 @@ def test_good_replies_come_in_the_order_of_the_names() -> None:
     ("bad", "reason"),
     [
         (content(np.full((2, 3), np.nan, np.float32)), "finite"),
+        (content(np.array([[0, 0, 0], [0, 0, np.inf]], np.float32)), "finite"),
         (content(np.ones((1,), np.float32)), "expected float32"),
         (content(np.ones((1, 3), np.float32)), "expected float32"),
+        (content(np.ones((7,), np.float32)), "expected float32"),
+        (content(np.ones((3, 2), np.float32)), "expected float32"),
+        (content(np.ones((), np.float32)), "expected float32"),
         (content(GOOD.astype(np.float64)), "expected float32"),
+        (content(GOOD.astype(np.float16)), "float32 or float64"),
+        (content(GOOD.astype(np.int8)), "float32 or float64"),
         (content(GOOD.astype(np.int64)), "float32 or float64"),
+        (content(GOOD.astype(np.complex64)), "float32 or float64"),
+        (content(GOOD.astype(bool)), "float32 or float64"),
         (content(np.asfortranarray(GOOD)), "C order"),
         (content(np.full((2, 3), 1e20, np.float32)), "beyond"),
         (content(name="v"), "do not match"),
         (content(**{"num-examples": 10**9}), "num-examples"),
+        *((content(weight=weight), "weight") for weight in (-99.0, 0.0, 1e18, float("nan"))),
+        (content(**{f"x{place}": 1.0 for place in range(300)}), "at most 64 values"),
+        (content(server_round=2), "server_round"),
+        (content(**{"server-round": 3}), "expected a reply of round 2"),
+        (content(**{"server-round": 2.0}), "server-round"),
         (content(**{"server-round": 1}), "expected a reply of round 2"),
         (content(loss=float("inf")), "loss"),
+        (content(loss=float("nan")), "loss"),
         (RecordDict(), "expected the records"),
         (RecordDict({**content(), "metrics": MetricRecord({"weight": 1e9})}), "expected the records"),
         (RecordDict({**content(), "more": ArrayRecord()}), "expected the records"),
@@ -75,6 +93,39 @@ def test_a_site_that_answers_twice_is_believed_neither_time() -> None:
     replies = check(reply(11, content()), reply(12, content()), reply(11, content()), reply(11, content()))
     assert list(replies.accepted) == ["a"]
     assert replies.dropped["b"] == "answered twice"
+
+
+def test_a_reply_from_another_node_than_the_one_that_was_asked_is_not_taken() -> None:
+    honest, moved = reply(12, content()), reply(13, content())
+    answers = [Answer("a", 12, honest), Answer("b", 11, moved), Answer("c", 13, reply(11, Error(1003, "0123abcd")))]
+    read = partial(SiteUpdate.from_wire, shapes={"w": (2, 3)})
+    replies = check_replies(answers, asked=SITES, read=read, server_round=2)
+    assert list(replies.accepted) == ["a"]
+    assert set(replies.dropped.values()) == {"its reply came from another node"}
+
+
+def update_of(array: np.ndarray, max_norm: float, sent: np.ndarray = GOOD) -> SiteUpdate:
+    wire = Wire({"server-round": 2}, {"w": array, "v": sent})
+    return read_update(wire, sent={"w": sent, "v": sent}, max_norm=max_norm)
+
+
+@given(st.floats(0.01, 100), st.floats(0.1, 10))
+def test_an_update_is_taken_up_to_the_bound_on_its_norm_and_not_beyond(norm: float, max_norm: float) -> None:
+    direction = np.arange(6, dtype=np.float64).reshape(2, 3)
+    moved = (GOOD + direction * norm / np.linalg.norm(direction)).astype(np.float32)
+    exact = float(np.linalg.norm(moved.astype(np.float64) - GOOD))
+    if exact <= max_norm:
+        np.testing.assert_array_equal(update_of(moved, max_norm).parameters["w"], moved)
+    else:
+        with pytest.raises(MessageError, match=r"beyond max-update-norm"):
+            update_of(moved, max_norm)
+
+
+def test_without_a_bound_any_update_is_taken_and_with_one_the_site_is_told_both_numbers() -> None:
+    far = np.full((2, 3), 901, np.float32)
+    np.testing.assert_array_equal(update_of(far, 0.0).parameters["w"], far)
+    with pytest.raises(MessageError, match=r"norm 2\.2e\+03, beyond max-update-norm=1000"):
+        update_of(far, 1000.0)
 
 
 def test_a_node_that_was_not_asked_changes_nothing() -> None:

@@ -1,0 +1,82 @@
+"""Who may call itself what: the coordinator's list of sites and their nodes.
+
+The file is JSON, ``{"hosp-a": {"node_ids": [123, 456]}, ...}``; other fields are somebody else's. A site has several
+nodes while its key is rotated, the newest last.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mcrage.config import SITE_NAME
+from mcrage.errors import ConfigError
+
+_LOG = logging.getLogger("mcrage.server")
+
+Registry = Mapping[int, str]
+"""Site by node id; a site's newest node comes last."""
+
+
+class SitesFile:
+    """The list as it is now: sites are added and removed while a run goes on.
+
+    Args:
+        path: The file; empty for none, with which every node may take part under a name that is free.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._last: Registry | None = None
+
+    def current(self) -> Registry | None:
+        """The list, read anew; None without a file.
+
+        Once it was read, a file that cannot be read is logged and the list before it stays in force: an editor may be
+        half way through.
+
+        Raises:
+            ConfigError: If it cannot be read the first time.
+        """
+        if not self._path:
+            return None
+        try:
+            self._last = read_registry(Path(self._path))
+        except ConfigError as error:
+            if self._last is None:
+                raise
+            _LOG.warning("%s; the list before it stays in force", error)
+        return self._last
+
+
+def read_registry(path: Path) -> Registry:
+    """Site by node id.
+
+    Raises:
+        ConfigError: If the file is missing or not as it has to be.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"sites-file '{path}': {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"sites-file '{path}': it is not JSON") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"sites-file '{path}': expected an object of sites by name")
+    registry: dict[int, str] = {}
+    for site, entry in content.items():
+        if not re.fullmatch(SITE_NAME, site):
+            raise ConfigError(f"sites-file '{path}': {site!r} is no name of a site: use a-z, 0-9, - and _")
+        for node_id in _node_ids(entry, f"sites-file '{path}': site '{site}'"):
+            if registry.setdefault(node_id, site) != site:
+                raise ConfigError(f"sites-file '{path}': node {node_id} is that of two sites")
+    return registry
+
+
+def _node_ids(entry: Any, where: str) -> list[int]:
+    node_ids = entry.get("node_ids") if isinstance(entry, dict) else None
+    if not isinstance(node_ids, list) or not all(type(node_id) is int and node_id > 0 for node_id in node_ids):
+        raise ConfigError(f"{where}: expected node_ids, a list of whole numbers")
+    return node_ids
