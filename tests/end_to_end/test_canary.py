@@ -236,7 +236,7 @@ def test_among_real_daemons_no_text_of_a_patient_leaves_its_hospital(
     federation.want("canary", **{name.replace("-", "_"): value for name, value in PRIVATE.items()}, min_sites=1)
     assert federation.finished("canary").state == "done"
     assert federation.result("canary")["sites"] == ["site-01"]
-    assert "the table" in str(federation.result("canary")["absent"])
+    assert "table does not follow" in str(federation.result("canary")["absent"])
     assert list((federation.home.folder / "state").glob("*.sqlite-wal"))  # the database is searched while it is in use
     assert leaked_files(federation.folder) == []
     assert holds_canary((federation.sites["site-02"].site.private / DEBUG_LOG).read_bytes())

@@ -4,6 +4,7 @@ Every test leaves the coordinator and three hospitals running as it found them.
 """
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -159,20 +160,27 @@ def test_two_runs_at_once_do_not_disturb_each_other(federation: Federation, in_o
 
 
 def test_a_site_may_join_and_be_removed_between_rounds(federation: Federation, site_dir: Path) -> None:
-    policy = SitePolicy.simulated(declared_patients=84)
-    federation.want("joined", **(LONG | {"num_server_rounds": 12}), min_sites=2, round_timeout_seconds=20.0)
+    federation.want("joined", local_steps=150, num_server_rounds=24, min_sites=2, round_timeout_seconds=20.0)
     federation.reached("joined", 1)
+    policy = SitePolicy.simulated(declared_patients=84)
     federation.enrol("site-09", site_dir / "site-03.csv", site_dir / "schema.json", policy)
-    federation.start_site("site-09")
-    federation.reached("joined", 2)
-    joined_by = lambda: "site-09" in federation.status("joined").get("sites", {})  # noqa: E731
-    federation.wait(joined_by, seconds=60, what="a new site in the run")
-    sites.remove(federation.home, "site-09")
-    assert federation.finished("joined").state == "done"
-    took_part = [each["server_round"] for each in federation.result("joined")["rounds"] if "site-09" in each["sites"]]
-    assert took_part
-    assert federation.end("site-09")[0] == 0
-    del federation.sites["site-09"]
+    try:
+        federation.start_site("site-09")
+        lines = federation.home.run("joined") / "metrics.jsonl"
+
+        def has_trained() -> bool:
+            told = [json.loads(line) for line in lines.read_text().splitlines() if "site-09" in line]
+            return any(line["dropped"] is None for line in told)
+
+        federation.wait(has_trained, seconds=150, what="a round with the new site")
+        sites.remove(federation.home, "site-09")
+        assert federation.finished("joined").state == "done"
+        took_part = ["site-09" in record["sites"] for record in federation.result("joined")["rounds"]]
+        assert not took_part[0]
+        assert any(took_part)
+        assert federation.end("site-09")[0] == 0
+    finally:
+        del federation.sites["site-09"]
 
 
 def test_a_bundle_that_is_not_approved_is_refused_and_leaves_no_trace(federation: Federation) -> None:

@@ -76,7 +76,7 @@ def test_a_whole_federation_on_one_machine_sends_nothing_to_any_other(tmp_path: 
     assert done.returncode == 0, said
     assert done.stdout.strip().endswith("packets 0"), said
     assert [name for name in MADE if not (folder / name).exists()] == [], said
-    assert "differentially private" in (folder / "coordinator/runs/first/model/card.md").read_text()
+    assert "-differential privacy at patient level" in (folder / "coordinator/runs/first/model/card.md").read_text()
     assert "FAIL" not in (folder / "doctor.txt").read_text()
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False).stdout
     assert left == ""
