@@ -239,7 +239,9 @@ def test_among_real_daemons_no_text_of_a_patient_leaves_its_hospital(
     assert "table does not follow" in str(federation.result("canary")["absent"])
     assert list((federation.home.folder / "state").glob("*.sqlite-wal"))  # the database is searched while it is in use
     assert leaked_files(federation.folder) == []
-    assert holds_canary((federation.sites["site-02"].site.private / DEBUG_LOG).read_bytes())
+    site = federation.sites["site-02"].site
+    assert holds_canary(site.data.read_bytes()), "there was something to leave"
+    assert "not a number" in (site.private / DEBUG_LOG).read_text()  # the hospital can read what is wrong
 
 
 @pytest.mark.slow
