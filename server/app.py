@@ -37,7 +37,7 @@ def save_result(result: FederationResult, config: RunConfig, *, seconds: float) 
     """Writes the model directory, ``run.json``, and ``fairness.json`` where sites measured the model with noise."""
     out_dir = Path(config.places.out_dir)
     result.model.save(out_dir / "model")
-    write_card(result, out_dir / "model")
+    write_card(result, out_dir / "model", dp=config.privacy.dp)
     run = {
         "config": config.to_flat(),
         "seconds": round(seconds, 3),
@@ -52,13 +52,14 @@ def save_result(result: FederationResult, config: RunConfig, *, seconds: float) 
     (out_dir / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
-def write_card(result: FederationResult, folder: Path, *, audit: str = "") -> None:
+def write_card(result: FederationResult, folder: Path, *, dp: bool, audit: str = "") -> None:
     """Writes ``card.md`` beside a model: what it is, and what can be said about the patients' privacy."""
     text = model_card(
         result.model,
         sites=sorted(result.site_counts),
         rounds=len(result.history),
         accounts=result.accounts,
+        dp=dp,
         audit=audit,
     )
     (folder / "card.md").write_text(text, encoding="utf-8")

@@ -134,11 +134,7 @@ def privacy_of(record: Record | None, sites: list[str]) -> list[str]:
     """
     if record is None:
         return [NO_RECORD]
-    accounts = record.accounts
-    if record.config.get("dp") and not accounts:
-        silent = f"No guarantee can be stated for the patients of {', '.join(sites)}: no account came."
-        return [silent, "So nothing is claimed of the model as a whole."]
-    return privacy_lines(sites, accounts)
+    return privacy_lines(sites, record.accounts, dp=bool(record.config.get("dp")))
 
 
 class _Watched:

@@ -90,7 +90,7 @@ def run_experiment(study: Study, config: ExperimentConfig, places: Places) -> Ru
         write_rows(pools[HEADLINE_ARM].table, places.out / SYNTHETIC)
         write_rows(pools[HEADLINE_ARM].table, (places.out / SYNTHETIC).with_suffix(".parquet"))
         attacks = attack(outcome.model, pools[HEADLINE_ARM].table, sites, study.schema, seed=config.seed)
-        write_card(outcome, places.out / MODEL, audit=attacks_table(attacks))
+        write_card(outcome, places.out / MODEL, dp=config.privacy.dp, audit=attacks_table(attacks))
         tasks = _site_tasks(study, sites, plans, pools, config=config, places=places)
         _wait([pool.submit(score_site, task) for task in tasks], "evaluation: hospital", verbose=places.verbose)
         finished = Finished(

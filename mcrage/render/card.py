@@ -21,6 +21,7 @@ def model_card(
     sites: Sequence[str],
     rounds: int,
     accounts: Mapping[str, PrivacyAccount],
+    dp: bool,
     audit: str = "",
 ) -> str:
     """The card as Markdown.
@@ -30,6 +31,7 @@ def model_card(
         sites: Sites that trained it.
         rounds: Rounds of the federation.
         accounts: What the sites' ledgers said after the run.
+        dp: Whether the run asked for differential privacy.
         audit: Figures of an audit of this model, if there was one.
 
     Raises:
@@ -44,12 +46,15 @@ def model_card(
         "It is for filling up training sets of the same table. It is no medical device.",
         "## Privacy",
     ]
-    return "\n\n".join([*about, *privacy_lines(sites, accounts), *_ledger(accounts), _audit(audit)]) + "\n"
+    return "\n\n".join([*about, *privacy_lines(sites, accounts, dp=dp), *_ledger(accounts), _audit(audit)]) + "\n"
 
 
-def privacy_lines(sites: Sequence[str], accounts: Mapping[str, PrivacyAccount]) -> list[str]:
-    """What can be said about the patients of each site; of a federation only what holds for all of them."""
-    if not accounts:
+def privacy_lines(sites: Sequence[str], accounts: Mapping[str, PrivacyAccount], *, dp: bool) -> list[str]:
+    """What can be said about the patients of each site; of a federation only what holds for all of them.
+
+    A run that asked for privacy and got no account of it is not one without noise: nothing is known then.
+    """
+    if not accounts and not dp:
         return [NO_PRIVACY]
     lines = [*statements(accounts.values()).values()]
     silent = [site for site in sites if site not in accounts]

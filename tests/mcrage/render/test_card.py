@@ -36,7 +36,7 @@ def model(clinic_schema: TableSchema) -> CDDPM:
 
 def test_the_card_has_the_statement_the_ledger_and_the_audit(model: CDDPM) -> None:
     accounts = {"a": account("a")}
-    card = model_card(model, sites=["a"], rounds=3, accounts=accounts, audit="loss .501 [.480, .522]\n")
+    card = model_card(model, sites=["a"], rounds=3, accounts=accounts, dp=True, audit="loss .501 [.480, .522]\n")
     assert statement(accounts["a"]) in card
     assert "| a | 2026-11-28 | 1e-05 |" in card
     assert "7 counts per patient with Gaussian noise of standard deviation 20" in card
@@ -45,10 +45,17 @@ def test_the_card_has_the_statement_the_ledger_and_the_audit(model: CDDPM) -> No
 
 
 def test_without_accounts_the_card_claims_nothing(model: CDDPM) -> None:
-    card = model_card(model, sites=["a"], rounds=3, accounts={})
+    card = model_card(model, sites=["a"], rounds=3, accounts={}, dp=False)
     assert NO_PRIVACY in card
     assert "was not audited" in card
     assert "differential" not in card
+
+
+def test_a_run_that_asked_for_privacy_and_got_no_account_is_not_called_one_without_noise(model: CDDPM) -> None:
+    card = model_card(model, sites=["a"], rounds=3, accounts={}, dp=True)
+    assert NO_PRIVACY not in card
+    assert "No guarantee can be stated for the patients of a: no account came." in card
+    assert "So nothing is claimed of the model as a whole." in card
 
 
 @pytest.mark.parametrize(
@@ -57,13 +64,13 @@ def test_without_accounts_the_card_claims_nothing(model: CDDPM) -> None:
 def test_of_a_federation_nothing_is_claimed_that_does_not_hold_for_all(
     model: CDDPM, accounts: dict[str, PrivacyAccount]
 ) -> None:
-    card = model_card(model, sites=["a", "b"], rounds=3, accounts=accounts)
+    card = model_card(model, sites=["a", "b"], rounds=3, accounts=accounts, dp=True)
     assert "So nothing is claimed of the model as a whole." in card
     assert "No guarantee can be stated for the patients of" in card
 
 
 def test_an_audit_takes_the_place_of_the_last_one(model: CDDPM, tmp_path: Path) -> None:
-    (tmp_path / "card.md").write_text(model_card(model, sites=["a"], rounds=1, accounts={}), encoding="utf-8")
+    (tmp_path / "card.md").write_text(model_card(model, sites=["a"], rounds=1, accounts={}, dp=False), encoding="utf-8")
     for figures in ("first", "second"):
         write_audit(tmp_path, figures)
     card = (tmp_path / "card.md").read_text(encoding="utf-8")
