@@ -90,6 +90,8 @@ def test_a_coordinator_killed_in_every_part_goes_on_to_the_same_bytes(
     federation.want("killed", local_steps=100, num_server_rounds=8)
     federation.reached("killed", 2)
     kill(federation.processes("coordinator", "flower-superlink"))
+    federation.reached("killed", 4)
+    kill(federation.processes("coordinator", "nginx: master"))  # and with it what it was carrying
     federation.reached("killed", 5)
     federation.end("coordinator", signal.SIGKILL)
     left = lambda: set(federation.processes("coordinator"))  # noqa: E731
