@@ -27,6 +27,7 @@ _LOG = logging.getLogger("mcrage.server")
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, _GROWTH = 0.1, 1.0, 1.5
 SILENCE_SECONDS = 20.0
 _PROBE = "query.present"  # no site knows it
+_MOST_TIMES = 3  # a site that turns probes down and answers nothing is not sent the same for ever
 _TTL_TIMEOUTS = 4
 # The clock of a site may be five minutes ahead, which counts against the time that its reply has left.
 _LEAST_TTL_SECONDS = 3600.0
@@ -79,6 +80,7 @@ class _Question:
     node_id: int
     subject: Subject
     message: Message
+    times: int = 1
     asked: float = field(default_factory=time.monotonic)
     probes: int = 0
 
@@ -138,8 +140,14 @@ class Exchange:
             time.sleep(min(pause, left))
             pause = min(_GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
-    def send(self, messages: Mapping[str, Message], subject: Subject) -> None:
-        """Asks and does not wait. What Flower does not take is logged and counts as not asked."""
+    def send(self, messages: Mapping[str, Message], subject: Subject, *, times: int = 1) -> None:
+        """Asks and does not wait. What Flower does not take is logged and counts as not asked.
+
+        Args:
+            messages: By site.
+            subject: What they are about.
+            times: How often this has been asked, this time included.
+        """
         if not messages:
             return
         for message in messages.values():
@@ -149,7 +157,7 @@ class Exchange:
         taken = set(filter(None, self.grid.push_messages(list(messages.values()))))
         for site, message in messages.items():
             if message.metadata.message_id in taken:
-                question = _Question(site, message.metadata.dst_node_id, subject, message)
+                question = _Question(site, message.metadata.dst_node_id, subject, message, times)
                 self._open[message.metadata.message_id] = question
             else:
                 _LOG.warning("%s could not be asked about %s: Flower did not take the message", site, subject)
@@ -208,9 +216,9 @@ class Exchange:
             return  # it was answered meanwhile, or the node is gone, which Flower tells of the instruction as well
         del self._open[message_id]
         _LOG.warning("what site %s was asked about %s did not arrive there", question.site, question.subject)
-        if question.subject == subject:
+        if question.subject == subject and question.times < _MOST_TIMES:
             again = Message(question.message.content, question.node_id, question.message.metadata.message_type)
-            self.send({question.site: again}, question.subject)
+            self.send({question.site: again}, question.subject, times=question.times + 1)
 
 
 def failure(message: Message) -> str:

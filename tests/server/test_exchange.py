@@ -245,6 +245,18 @@ def test_an_instruction_that_never_arrived_is_sent_again_within_the_round(
     assert asking.busy(1002) is None
 
 
+def test_a_site_that_never_answers_is_sent_the_same_three_times_and_no_more(
+    grid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.exchange.SILENCE_SECONDS", 0.1)
+    losing(grid, 1002, times=99)
+    started = time.monotonic()
+    assert sites(exchange(grid, timeout=60.0).ask(questions(grid, "a", "b"), FIRST)) == ["a"]
+    assert time.monotonic() - started < 30.0, "nobody waits for what is not there"
+    nodes = [each.metadata.dst_node_id for each in grid.sent if each.metadata.message_type == "train"]
+    assert nodes.count(1002) == 3
+
+
 def test_a_site_that_is_only_slow_is_not_asked_twice(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.exchange.SILENCE_SECONDS", 0.2)
     # A node works on one after the other: what it was sent later comes back later.
