@@ -43,7 +43,7 @@ def _answered(message: Message, context: Context, work: Callable[[Site], Outgoin
         site = Site.of(context.node_config, context.run_config)
     except Exception as error:  # noqa: BLE001  # answered like any other, but without a folder for its text
         return answer(message, partial(_raise, error))
-    return answer(message, lambda: work(site), log=site.private_dir / DEBUG_LOG)
+    return answer(message, lambda: work(site), sign=site.sign, log=site.private_dir / DEBUG_LOG)
 
 
 def _raise(error: Exception) -> Outgoing:

@@ -34,12 +34,19 @@ def incoming(message: Message) -> Wire:
     return unpacked(Wire(dict(values["config"]), named))  # type: ignore[arg-type]  # from_wire refuses lists and bytes
 
 
-def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None = None) -> Message:
+def answer(
+    message: Message,
+    work: Callable[[], Outgoing],
+    *,
+    sign: Callable[[Wire, str], Wire] | None = None,
+    log: Path | None = None,
+) -> Message:
     """The reply to an instruction: what ``work`` gives, or an error as a code and an id.
 
     Args:
         message: The instruction.
         work: Does it.
+        sign: Signs the reply to the instruction with an id; None where there is nothing to sign with.
         log: File of the hospital's own that gets the text of an error; without one the text is lost.
     """
     try:
@@ -47,6 +54,8 @@ def answer(message: Message, work: Callable[[], Outgoing], *, log: Path | None =
         if not isinstance(outgoing, Outgoing):
             raise TypeError(f"a {type(outgoing).__name__} is not on the list of what may leave a site")
         wire = packed(outgoing.to_wire())
+        if sign is not None:
+            wire = sign(wire, message.metadata.message_id)
         content = RecordDict(
             {
                 "config": ConfigRecord(dict(wire.values)),

@@ -3,15 +3,18 @@
 import os
 import secrets
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
-from client.places import LEDGER, POLICY, SECRET
+from client.places import LEDGER, POLICY, SECRET, SIGNING
 from client.policy import PrivacyRules, SitePolicy
 from client.protection import prepare
 from client.settings import SiteSettings
 from mcrage.errors import ConfigError, PrivacyError
 from mcrage.files import replace_file
 from mcrage.pki import site_request
+from mcrage.privacy.keyed import KEY_BYTES, read_secret
+from mcrage.signing import as_extension, public_key
 
 
 def enrol(settings: SiteSettings, *, declared_patients: int) -> list[str]:
@@ -37,6 +40,8 @@ def enrol(settings: SiteSettings, *, declared_patients: int) -> list[str]:
         prepare(private, SitePolicy(privacy=PrivacyRules(declared_patients=declared_patients)))
         lines = [f"3. Read {private / POLICY} and change what your hospital does not allow."]
     _make_folder(server.key.parent)
+    signing = public_key(read_secret(private / SECRET))
+    replace_file(server.key.with_name(SIGNING), f"{signing.hex()}\n".encode(), mode=0o644)
     request_file = _new_keys(settings, key=server.key, node_key=server.node_key)
     if not settings.daemon.secret.exists():
         _make_folder(settings.daemon.secret.parent)
@@ -94,12 +99,20 @@ def _next(path: Path) -> Path:
 
 
 def _new_keys(settings: SiteSettings, *, key: Path, node_key: Path) -> Path:
-    made = site_request(settings.site.name)
+    made = site_request(settings.site.name, as_extension(_signing_key(settings)))
     replace_file(key, made.key_pem)
     replace_file(node_key, made.openssh_key)
     request = settings.server.key.with_name(f"{settings.site.name}.csr")
     replace_file(request, made.request_pem, mode=0o644)
     return request
+
+
+def _signing_key(settings: SiteSettings) -> bytes:
+    path = settings.server.key.with_name(SIGNING)
+    with suppress(OSError, ValueError):
+        if len(key := bytes.fromhex(path.read_text(encoding="ascii"))) == KEY_BYTES:
+            return key
+    raise ConfigError(f"'{path}' is missing or damaged: bring it back from a backup; 'enroll' wrote it")
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ It is the hospital's own: nothing in it ever leaves, and nothing that a server s
     private/
       policy.toml           what the hospital allows
       ledger.sqlite         what was done to its data, for ever
-      secret.key            32 bytes, from which all noise is derived
+      secret.key            32 bytes, from which all noise is derived, and the key that signs replies
       witness/ledger.json   the newest state of the ledger; better on another disk
       audit.jsonl           what the daemon was asked and what it answered
       debug.log             the text of errors
@@ -13,4 +13,7 @@ It is the hospital's own: nothing in it ever leaves, and nothing that a server s
 """
 
 POLICY, LEDGER, SECRET, WITNESS = "policy.toml", "ledger.sqlite", "secret.key", "witness/ledger.json"
+SIGNING = "signing.pub"
+"""Beside the keys of the network, and public: by which others check what the site signs with its secret."""
+
 JOURNAL, DEBUG_LOG, TRAINER_LOCK = "audit.jsonl", "debug.log", "trainer.lock"

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from client import tables
+from client.places import SECRET
 from client.pretend import pretend_private_folder
 from client.protection import Protection, Release
 from mcrage import __version__, rng
@@ -40,9 +41,12 @@ from mcrage.messages import (
     TrainInstruction,
 )
 from mcrage.privacy import counts
+from mcrage.privacy.keyed import read_secret
 from mcrage.refusals import OF_FAULT
+from mcrage.signing import signed
 from mcrage.training.local import TrainingConfig, train_steps
 from mcrage.training.private import DPSGDConfig, PatientRows, RoundKeys, train_privately
+from mcrage.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,14 @@ class Site:
     def account(self, instruction: AccountInstruction) -> SiteAccount:
         """What the ledger says; it reads no row."""
         return SiteAccount(account=self._protection.account(instruction.run))
+
+    def sign(self, wire: Wire, instruction: str) -> Wire:
+        """The reply to an instruction with the site's signature.
+
+        Raises:
+            PrivacyError: If the site has no secret that it could sign with.
+        """
+        return signed(wire, site=self.name, instruction=instruction, secret=read_secret(self.private_dir / SECRET))
 
     def _group_counts(
         self, train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release

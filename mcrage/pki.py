@@ -182,11 +182,13 @@ class Authority:
         return _certify(self._key, own.subject, subject, key, validity, *every)
 
 
-def site_request(site: str) -> SiteRequest:
-    """A new key of a hospital, and the request for a certificate of that name."""
+def site_request(site: str, *also: x509.ExtensionType) -> SiteRequest:
+    """A new key of a hospital, and the request for a certificate of that name, with extensions for whoever reads it."""
     _check_site(site)
-    key = ec.generate_private_key(ec.SECP384R1())
-    request = x509.CertificateSigningRequestBuilder().subject_name(_common_name(site)).sign(key, hashes.SHA384())
+    key, builder = ec.generate_private_key(ec.SECP384R1()), x509.CertificateSigningRequestBuilder()
+    for extension in also:
+        builder = builder.add_extension(extension, critical=False)
+    request = builder.subject_name(_common_name(site)).sign(key, hashes.SHA384())
     return SiteRequest(
         key_pem=_pkcs8(key),
         openssh_key=key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption()),

@@ -21,6 +21,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from mcrage.messages import SiteError
+from mcrage.signing import Signer
 
 _LOG = logging.getLogger("mcrage.server")
 
@@ -61,11 +62,13 @@ class Answer:
         site: Who was asked.
         node_id: The node that was asked.
         message: What came.
+        signer: Whose signature it has to have; None if none is known.
     """
 
     site: str
     node_id: int
     message: Message
+    signer: Signer | None = None
 
     @property
     def is_from_there(self) -> bool:
@@ -101,10 +104,14 @@ class Exchange:
         grid: Reaches the nodes.
         timeout: Seconds that :meth:`ask` waits at most.
         heard: Called about once a second while answers are waited for, with the sites that answered since.
+
+    Attributes:
+        signers: Who has to sign, by node id; whoever knows the sites keeps it up to date.
     """
 
     def __init__(self, grid: Grid, *, timeout: float, heard: Callable[[Iterable[str]], None] = _nobody) -> None:
         self.grid = grid
+        self.signers: Mapping[int, Signer] = {}
         self._timeout, self._heard = timeout, heard
         self._ttl = max(_TTL_TIMEOUTS * timeout, _LEAST_TTL_SECONDS)
         self._open: dict[str, _Question] = {}
@@ -187,7 +194,7 @@ class Exchange:
                 _LOG.warning("a reply to no open question is ignored")
                 continue
             self._open.pop(message.metadata.reply_to_message_id, None)
-            answer = Answer(question.site, question.node_id, message)
+            answer = Answer(question.site, question.node_id, message, self.signers.get(question.node_id))
             heard.append(question.site)
             if question.subject == subject:
                 answers.append(answer)

@@ -268,11 +268,18 @@ class SiteKey(BaseModel):
 
 
 class SiteEntry(BaseModel):
-    """A site as the coordinator knows it; ``keys`` are several while one replaces another, the newest last."""
+    """A site as the coordinator knows it.
+
+    Attributes:
+        keys: Of its connection; several while one replaces another, the newest last.
+        signing_key: By which its replies are checked, hexadecimal; it stays.
+        added: When it was let in.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: tuple[SiteKey, ...] = Field(min_length=1)
+    signing_key: str = Field(pattern=r"^[0-9a-f]{64}$")
     added: datetime
 
 

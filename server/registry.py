@@ -1,23 +1,38 @@
 """Who may call itself what: the coordinator's list of sites and their nodes.
 
-The file is JSON, ``{"hosp-a": {"node_ids": [123, 456]}, ...}``; other fields are somebody else's. A site has several
-nodes while its key is rotated, the newest last.
+The file is JSON, ``{"hosp-a": {"node_ids": [123, 456], "signing_key": "<64 hexadecimal digits>"}, ...}``; other fields
+are somebody else's. A site has several nodes while its key is rotated, the newest last. Replies of a site without a
+signing key need no signature.
 """
 
 import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcrage.config import SITE_NAME
 from mcrage.errors import ConfigError
+from mcrage.signing import Signer
 
 _LOG = logging.getLogger("mcrage.server")
 
-Registry = Mapping[int, str]
-"""Site by node id; a site's newest node comes last."""
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What the file says.
+
+    Attributes:
+        site_of: Site by node id; a site's newest node comes last.
+        signers: Who has to sign replies, by node id.
+    """
+
+    site_of: Mapping[int, str]
+    signers: Mapping[int, Signer]
 
 
 class SitesFile:
@@ -52,11 +67,27 @@ class SitesFile:
 
 
 def read_registry(path: Path) -> Registry:
-    """Site by node id.
+    """The list in a file.
 
     Raises:
         ConfigError: If the file is missing or not as it has to be.
     """
+    site_of: dict[int, str] = {}
+    signers: dict[int, Signer] = {}
+    for site, entry in _content(path).items():
+        if not re.fullmatch(SITE_NAME, site):
+            raise ConfigError(f"sites-file '{path}': {site!r} is no name of a site: use a-z, 0-9, - and _")
+        where = f"sites-file '{path}': site '{site}'"
+        node_ids = _node_ids(entry, where)
+        for node_id in node_ids:
+            if site_of.setdefault(node_id, site) != site:
+                raise ConfigError(f"sites-file '{path}': node {node_id} is that of two sites")
+        if key := _signing_key(entry, where):
+            signers |= dict.fromkeys(node_ids, Signer(site, key))
+    return Registry(site_of, signers)
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,14 +96,7 @@ def read_registry(path: Path) -> Registry:
         raise ConfigError(f"sites-file '{path}': it is not JSON") from None
     if not isinstance(content, dict):
         raise ConfigError(f"sites-file '{path}': expected an object of sites by name")
-    registry: dict[int, str] = {}
-    for site, entry in content.items():
-        if not re.fullmatch(SITE_NAME, site):
-            raise ConfigError(f"sites-file '{path}': {site!r} is no name of a site: use a-z, 0-9, - and _")
-        for node_id in _node_ids(entry, f"sites-file '{path}': site '{site}'"):
-            if registry.setdefault(node_id, site) != site:
-                raise ConfigError(f"sites-file '{path}': node {node_id} is that of two sites")
-    return registry
+    return content
 
 
 def _node_ids(entry: Any, where: str) -> list[int]:
@@ -80,3 +104,11 @@ def _node_ids(entry: Any, where: str) -> list[int]:
     if not isinstance(node_ids, list) or not all(type(node_id) is int and node_id > 0 for node_id in node_ids):
         raise ConfigError(f"{where}: expected node_ids, a list of whole numbers")
     return node_ids
+
+
+def _signing_key(entry: Mapping[str, Any], where: str) -> bytes:
+    """Empty where there is none."""
+    key = entry.get("signing_key", "")
+    if not isinstance(key, str) or (key and not _KEY.fullmatch(key)):
+        raise ConfigError(f"{where}: expected signing_key, 64 hexadecimal digits")
+    return bytes.fromhex(key)

@@ -160,11 +160,12 @@ class Roster:
         online = self.exchange.online()
         if self._registry is None:
             return online
-        self._absent |= {n: "is not in the sites file" for n in online if n not in self._registry}
-        return [node_id for node_id in online if node_id in self._registry]
+        self.exchange.signers, listed = self._registry.signers, self._registry.site_of
+        self._absent |= {n: "is not in the sites file" for n in online if n not in listed}
+        return [node_id for node_id in online if node_id in listed]
 
     def _is_listed(self, node_id: int, site: str) -> bool:
-        return self._registry is None or self._registry.get(node_id) == site
+        return self._registry is None or self._registry.site_of.get(node_id) == site
 
     def _is_wanted(self, node_id: int) -> bool:
         """Whether a node should describe itself: it did not, or was refused when the sites file said something else."""
@@ -172,7 +173,7 @@ class Roster:
         return node_id not in self._described and not is_settled and self.exchange.busy(node_id) is None
 
     def _listed_as(self, node_id: int) -> str | None:
-        return None if self._registry is None else self._registry.get(node_id)
+        return None if self._registry is None else self._registry.site_of.get(node_id)
 
     def _questions(self, node_ids: Iterable[int]) -> dict[str, Message]:
         federation, privacy = self._config.federation, self._config.privacy
@@ -224,7 +225,7 @@ class Roster:
 
     def _present(self) -> dict[int, SiteDescription]:
         """Nodes that have described themselves and are still listed; of a site's nodes the newest last."""
-        order = sorted(self._described) if self._registry is None else list(self._registry)
+        order = sorted(self._described) if self._registry is None else list(self._registry.site_of)
         known = {node_id: self._described[node_id] for node_id in order if node_id in self._described}
         return {node_id: told for node_id, told in known.items() if self._is_listed(node_id, told.site)}
 

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,6 +18,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from mcrage import pki
 from mcrage.errors import ConfigError
 from mcrage.files import lock_file
+from mcrage.signing import requested_key
 from server.control import Control, Node
 from server.home import CoordinatorSettings, Home, SiteEntry, SiteKey, write_json
 from server.proxy import Proxy, ProxySite
@@ -32,13 +34,17 @@ def add(home: Home, name: str, request: bytes, *, days: int) -> bytes:
         days: How long the certificate shall be valid.
 
     Raises:
-        ConfigError: If there is a site of this name, or the request is not good; every key serves once only.
+        ConfigError: If there is a site of this name, or the request is not good; every key serves one site only.
     """
     with _changing(home) as sites:
         if name in sites:
             raise ConfigError(f"there is a site {name} already; 'site rotate' gives it another key")
         certificate, key = _issued(home, name, request, days)
-        home.write_sites({**sites, name: SiteEntry(keys=(key,), added=datetime.now(UTC))})
+        signing_key = requested_key(request).hex()
+        owners = [site for site, entry in sites.items() if entry.signing_key == signing_key]
+        if owners:
+            raise ConfigError(f"site {name}: this signing key is that of site {owners[0]}; every site has its own")
+        home.write_sites({**sites, name: SiteEntry(keys=(key,), signing_key=signing_key, added=datetime.now(UTC))})
     return certificate
 
 
@@ -50,6 +56,9 @@ def rotate(home: Home, name: str, request: bytes, *, days: int) -> bytes:
     with _changing(home) as sites:
         entry = _entry(sites, name)
         certificate, key = _issued(home, name, request, days)
+        if requested_key(request).hex() != entry.signing_key:
+            lost = "if its secret was lost, remove the site and add it anew under another name"
+            raise ConfigError(f"site {name}: the request tells another signing key than the site's; {lost}")
         home.write_sites({**sites, name: entry.model_copy(update={"keys": (*entry.keys, key)})})
     return certificate
 
@@ -96,7 +105,8 @@ def reconcile(home: Home, control: Control) -> list[str]:
     Raises:
         FederationError: If the SuperLink does not answer.
     """
-    wanted = {key.public_key: name for name, entry in home.sites().items() for key in entry.keys}
+    sites = home.sites()
+    wanted = {key.public_key: name for name, entry in sites.items() for key in entry.keys}
     nodes = control.nodes()
     known, done = {node.public_key: node for node in nodes}, []
     for node in nodes:
@@ -112,18 +122,19 @@ def reconcile(home: Home, control: Control) -> list[str]:
                 continue
             known[public_key] = Node(node_id, public_key, is_online=False)
             done.append(f"site {name} is node {node_id}")
-    registry = _registry(wanted, known)
+    registry = _registry(sites, wanted, known)
     if registry != home.read_registry():
         write_json(home.registry, registry)
     return done
 
 
-def _registry(wanted: Mapping[str, str], known: Mapping[str, Node]) -> dict[str, dict[str, list[int]]]:
-    by_site: dict[str, dict[str, list[int]]] = {}
+def _registry(
+    sites: Mapping[str, SiteEntry], wanted: Mapping[str, str], known: Mapping[str, Node]
+) -> dict[str, dict[str, Any]]:
+    node_ids: dict[str, list[int]] = {name: [] for name in wanted.values()}
     for public_key, name in wanted.items():
-        node_ids = by_site.setdefault(name, {"node_ids": []})["node_ids"]
-        node_ids += [known[public_key].node_id] if public_key in known else []
-    return by_site
+        node_ids[name] += [known[public_key].node_id] if public_key in known else []
+    return {name: {"node_ids": ids, "signing_key": sites[name].signing_key} for name, ids in node_ids.items()}
 
 
 @contextmanager

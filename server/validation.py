@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mcrage.errors import MessageError
 from mcrage.messages import Parameters, Scalar, SiteUpdate
+from mcrage.signing import unsigned
 from mcrage.wire import Wire, unpacked
 from server.exchange import Answer, failure
 
@@ -79,7 +80,9 @@ def _read(answer: Answer, read: Callable[[Wire], T], server_round: int | None) -
         raise MessageError("its reply came from another node")
     if answer.message.has_error():
         raise MessageError(failure(answer.message))
-    reply = read(received(answer.message.content))
+    wire = received(answer.message.content)
+    instruction = answer.message.metadata.reply_to_message_id
+    reply = read(unpacked(unsigned(wire, signer=answer.signer, instruction=instruction)))
     came = getattr(reply, "server_round", None)
     if came != server_round:
         raise MessageError(f"expected a reply of round {server_round}, got one of round {came}")
@@ -109,7 +112,7 @@ def read_update(wire: Wire, *, sent: Parameters, max_norm: float) -> SiteUpdate:
 
 
 def received(content: RecordDict) -> Wire:
-    """The plain data of a reply.
+    """The plain data of a reply, as it came.
 
     Raises:
         MessageError: If there are other records than ``config`` and ``arrays``, other values than scalars, or arrays
@@ -125,7 +128,7 @@ def received(content: RecordDict) -> Wire:
     if len(values) > MAX_VALUES:
         raise MessageError(f"expected at most {MAX_VALUES} values, got {len(values)}")
     arrays = {name: read_array(array, name) for name, array in content.array_records["arrays"].items()}
-    return unpacked(Wire(values, arrays))
+    return Wire(values, arrays)
 
 
 def read_array(array: Array, name: str) -> NDArray[Any]:

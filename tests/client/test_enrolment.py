@@ -9,13 +9,15 @@ from cryptography.hazmat.primitives import serialization as forms
 
 from client.enrolment import change_over, enrol, renew
 from client.node import tls_context
-from client.places import LEDGER, POLICY, SECRET, WITNESS
+from client.places import LEDGER, POLICY, SECRET, SIGNING, WITNESS
 from client.policy import SitePolicy
 from client.protection import prepare
 from client.settings import SiteSettings
 from mcrage.errors import ConfigError, PrivacyError
 from mcrage.pki import Authority, describe, verify
+from mcrage.privacy.keyed import read_secret
 from mcrage.privacy.ledger import PrivacyLedger
+from mcrage.signing import public_key, requested_key
 
 NAME = "st-mary"
 
@@ -105,6 +107,32 @@ def test_what_enrolment_makes_is_one_key_a_request_for_it_and_a_closed_policy(
     secret = settings.server.key.read_text().splitlines()[2]
     assert secret not in "".join(lines)
     assert secret.encode() not in settings.server.key.with_name(f"{NAME}.csr").read_bytes()
+
+
+def test_the_request_tells_by_which_key_the_site_signs_and_a_later_one_tells_the_same(settings: SiteSettings) -> None:
+    enrol(settings, declared_patients=84)
+    request = settings.server.key.with_name(f"{NAME}.csr")
+    key = public_key(read_secret(settings.site.private / SECRET))
+    assert requested_key(request.read_bytes()) == key
+    # Whoever has the network changes its key, and does not see the secret.
+    (settings.site.private / SECRET).rename(settings.site.private / "elsewhere")
+    first = request.read_bytes()
+    renew(settings)
+    assert request.read_bytes() != first
+    assert requested_key(request.read_bytes()) == key
+
+
+@pytest.mark.parametrize("content", [None, "", "00", "zz" * 32])
+def test_without_the_key_that_the_coordinator_knows_no_other_one_is_asked_for(
+    settings: SiteSettings, content: str | None
+) -> None:
+    enrol(settings, declared_patients=84)
+    signing = settings.server.key.with_name(SIGNING)
+    signing.unlink() if content is None else signing.write_text(content)
+    before = contents(settings)
+    with pytest.raises(ConfigError, match=r"signing\.pub' is missing or damaged: bring it back from a backup"):
+        renew(settings)
+    assert contents(settings) == before
 
 
 def test_two_sites_have_nothing_in_common(settings: SiteSettings, tmp_path: Path) -> None:

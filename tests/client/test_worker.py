@@ -13,9 +13,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.boundary import incoming
 from client.bundles import INSTALLED
 from client.frames import read_frame, write_frame
+from client.places import SECRET
 from client.settings import SiteSettings
 from client.worker import from_message, serve, to_message
 from mcrage.cddpm import CDDPM
@@ -23,7 +23,9 @@ from mcrage.data.schema import TableSchema
 from mcrage.diffusion.network import ModelConfig
 from mcrage.errors import MessageError
 from mcrage.messages import DescribeInstruction, SiteDescription, SiteUpdate, TrainInstruction
-from mcrage.wire import Wire
+from mcrage.privacy.keyed import read_secret
+from mcrage.signing import Signer, public_key, unsigned
+from mcrage.wire import Wire, unpacked
 
 RUN = {"run": "a" * 64, "test_fraction": 0.3}
 HEADER = {"run_id": 3, "task_id": 2, "node_id": 7}
@@ -108,16 +110,24 @@ def served(settings: SiteSettings, *messages: Message) -> list[Message]:
     return found
 
 
-def test_instructions_are_answered_in_order_by_the_installed_app(
+def told(reply: Message, settings: SiteSettings) -> Wire:
+    """What a reply says, once its signature was found to be the site's."""
+    arrays = {name: array.numpy() for name, array in reply.content.array_records["arrays"].items()}
+    wire = Wire(dict(reply.content.config_records["config"]), arrays)  # type: ignore[arg-type]
+    signer = Signer("st-mary", public_key(read_secret(settings.site.private / SECRET)))
+    return unpacked(unsigned(wire, signer=signer, instruction=reply.metadata.reply_to_message_id))
+
+
+def test_instructions_are_answered_in_order_by_the_installed_app_and_signed(
     settings: SiteSettings, model: CDDPM, tiny_schema: TableSchema
 ) -> None:
     first, second, third = served(settings, describing(), training(model), describing())
-    description = SiteDescription.from_wire(incoming(first))
+    description = SiteDescription.from_wire(told(first, settings))
     assert (description.site, description.schema_fingerprint) == ("st-mary", tiny_schema.fingerprint)
     before = model.parameters()
-    update = SiteUpdate.from_wire(incoming(second), shapes={name: each.shape for name, each in before.items()})
+    update = SiteUpdate.from_wire(told(second, settings), shapes={name: each.shape for name, each in before.items()})
     assert any((update.parameters[name] != each).any() for name, each in before.items())
-    assert incoming(third).values == incoming(first).values
+    assert told(third, settings).values == told(first, settings).values
     assert {each.metadata.run_id for each in (first, second, third)} == {3}
 
 
@@ -186,12 +196,12 @@ def asked(program: "subprocess.Popen[bytes]", instruction: Message) -> Message:
 
 
 def test_the_program_says_nothing_but_replies_whatever_the_app_prints(
-    program: "subprocess.Popen[bytes]", log: Path
+    program: "subprocess.Popen[bytes]", settings: SiteSettings, log: Path
 ) -> None:
     assert program.stdout is not None
     assert read_frame(program.stdout) == ({"ready": True}, b"")
     for _ in range(2):
-        assert SiteDescription.from_wire(incoming(asked(program, describing()))).site == "st-mary"
+        assert SiteDescription.from_wire(told(asked(program, describing()), settings)).site == "st-mary"
     said = log.read_text()
     assert [said.count(each) for each in ("printed" * 5000, "written" * 5000, "by a child\n")] == [2, 2, 2]
 

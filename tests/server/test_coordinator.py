@@ -26,6 +26,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from mcrage.errors import ConfigError, FederationError
 from mcrage.files import lock_file
 from mcrage.pki import Authority, site_request
+from mcrage.signing import as_extension, public_key
 from mcrage.supervision import end, start
 from server import coordinator, jobs, sites
 from server.control import Control
@@ -329,7 +330,7 @@ def test_a_running_coordinator_takes_up_sites_runs_and_certificates_and_ends_wit
     daemon: Daemon, tmp_path: Path
 ) -> None:
     home, (_, port) = daemon.home, daemon.home.settings.address
-    made, context = site_request("hosp-a"), ssl._create_unverified_context()
+    made, context = site_request("hosp-a", as_extension(public_key(bytes(32)))), ssl._create_unverified_context()
     (tmp_path / "site.pem").write_bytes(made.key_pem + sites.add(home, "hosp-a", made.request_pem, days=30))
     context.load_cert_chain(tmp_path / "site.pem")
     asked = lambda: daemon.ask(context, key_header(made.key_pem))  # noqa: E731

@@ -30,7 +30,9 @@ def mode(path: Path) -> int:
 
 def entry(*keys: str) -> SiteEntry:
     now = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
-    return SiteEntry(keys=tuple(SiteKey(serial="AB", public_key=key, expires=now) for key in keys), added=now)
+    return SiteEntry(
+        keys=tuple(SiteKey(serial="AB", public_key=key, expires=now) for key in keys), signing_key="0f" * 32, added=now
+    )
 
 
 def test_what_is_made_is_read_back(home: Home, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_key_says_how_long_its_certificate_is_valid() -> None:
     assert key.days_left == 3
     assert key.model_copy(update={"expires": soon - timedelta(days=4)}).days_left == -1
     with pytest.raises(ValidationError):
-        SiteEntry(keys=(), added=soon)
+        SiteEntry(keys=(), signing_key="0f" * 32, added=soon)
 
 
 def test_json_that_is_not_there_is_empty_and_damaged_json_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a site, or somebody between, may do to replies on their way: it costs that site the round and nothing else."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from flwr.app import Array, Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from client.app import app
+from client.places import SECRET
+from client.pretend import pretend_private_folder
 from mcrage.config import RunConfig
+from mcrage.privacy.keyed import read_secret
+from mcrage.signing import public_key
 from server.exchange import Answer
 from server.rounds import FederationResult, run_federation
 
@@ -94,6 +99,32 @@ def test_the_swap_would_go_unnoticed_if_nobody_looked_at_who_sent_a_reply(
     in_last_round(grid, swap)
     monkeypatch.setattr(Answer, "is_from_there", True)
     assert dropped(run_federation(grid, config())) == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("are_keys_known", [True, False])
+def test_what_two_sites_sent_cannot_change_places_where_their_keys_are_known(
+    are_keys_known: bool, config: Config, staged_grid: Any, site_dir: Path, tmp_path: Path
+) -> None:
+    """Whoever reached into the SuperLink could put one site's parameters under the other's name and instruction."""
+    sites = {}
+    for number in (1, 2, 3):
+        private = pretend_private_folder(site_dir, f"site-0{number}", site_dir / f"site-0{number}.csv")
+        key = public_key(read_secret(private / SECRET)).hex() if are_keys_known else ""
+        sites[f"site-0{number}"] = {"node_ids": [1000 + number], "signing_key": key}
+    (tmp_path / "sites.json").write_text(json.dumps(sites))
+    listed = config(sites_file=str(tmp_path / "sites.json"), min_sites=1)
+    grid = staged_grid.of_folder(app, 3, listed)
+
+    def swap(replies: Sequence[Message]) -> Sequence[Message]:
+        (one, other, *_), values = replies, ("config", "arrays")
+        for name in values:
+            one.content[name], other.content[name] = other.content[name], one.content[name]
+        return replies
+
+    in_last_round(grid, swap)
+    reason = "its reply is not signed by this site as an answer to what it was asked"
+    expected = dict.fromkeys(["site-01", "site-02"], reason) if are_keys_known else {}
+    assert dropped(run_federation(grid, listed)) == [{}, {}, expected]
 
 
 def test_an_update_in_the_superlinks_name_is_not_taken(config: Config, staged_grid: Any) -> None:

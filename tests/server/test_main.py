@@ -15,6 +15,7 @@ import pytest
 
 from mcrage.config import RunConfig, Scalar
 from mcrage.pki import site_request, verify
+from mcrage.signing import as_extension, public_key
 from server import __main__ as command
 from server import jobs
 from server.home import Home, read_json, write_json
@@ -65,7 +66,7 @@ def refused(ran: Ran) -> str:
 
 def request_file(folder: Path, name: str) -> Path:
     path = folder / f"{name}.csr"
-    path.write_bytes(site_request(name).request_pem)
+    path.write_bytes(site_request(name, as_extension(public_key(sha256(name.encode()).digest()))).request_pem)
     return path
 
 

@@ -65,7 +65,7 @@ def wanted(home: Home, name: str, **files: Any) -> Path:
 def entry(*, days: int, keys: int = 1) -> SiteEntry:
     expires = datetime.now(UTC) + timedelta(days=days, hours=1)
     key = SiteKey(serial="AB", public_key="k" * 16, expires=expires)
-    return SiteEntry(keys=(key,) * keys, added=datetime.now(UTC))
+    return SiteEntry(keys=(key,) * keys, signing_key="0f" * 32, added=datetime.now(UTC))
 
 
 def lines_of(home: Home) -> list[str]:

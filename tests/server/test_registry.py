@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mcrage.errors import ConfigError
+from mcrage.signing import Signer
 from server.registry import SitesFile, read_registry
 
 
@@ -20,8 +21,14 @@ def test_every_node_has_the_name_of_its_site_and_other_fields_are_somebody_elses
         "c": {"node_ids": []},
     }
     registry = read_registry(written(tmp_path / "sites.json", content))
-    assert dict(registry) == {7: "b", 2**63 + 1: "b", 3: "a"}
-    assert list(registry)[:2] == [7, 2**63 + 1]
+    assert dict(registry.site_of) == {7: "b", 2**63 + 1: "b", 3: "a"}
+    assert list(registry.site_of)[:2] == [7, 2**63 + 1]
+
+
+def test_every_node_of_a_site_has_to_sign_with_the_key_of_the_site(tmp_path: Path) -> None:
+    content = {"b": {"node_ids": [7, 9], "signing_key": "0f" * 32}, "a": {"node_ids": [3]}}
+    registry = read_registry(written(tmp_path / "sites.json", content))
+    assert registry.signers == dict.fromkeys([7, 9], Signer("b", b"\x0f" * 32))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +45,8 @@ def test_every_node_has_the_name_of_its_site_and_other_fields_are_somebody_elses
         ({"a": {"node_ids": [True]}}, "expected node_ids"),
         ({"a": {"node_ids": [-1]}}, "expected node_ids"),
         ({"a": {"node_ids": [1]}, "b": {"node_ids": [1]}}, "node 1 is that of two sites"),
+        ({"a": {"node_ids": [1], "signing_key": "aa"}}, "expected signing_key, 64 hexadecimal digits"),
+        ({"a": {"node_ids": [1], "signing_key": [1]}}, "expected signing_key, 64 hexadecimal digits"),
     ],
 )
 def test_a_list_that_is_not_as_agreed_is_refused_in_one_line(tmp_path: Path, content: object, reason: str) -> None:
@@ -59,9 +68,9 @@ def test_without_a_file_there_is_no_list() -> None:
 def test_the_list_is_read_anew_each_time(tmp_path: Path) -> None:
     path = written(tmp_path / "sites.json", {"a": {"node_ids": [1]}})
     sites_file = SitesFile(str(path))
-    assert sites_file.current() == {1: "a"}
+    assert sites_file.current().site_of == {1: "a"}
     written(path, {"b": {"node_ids": [2]}})
-    assert sites_file.current() == {2: "b"}
+    assert sites_file.current().site_of == {2: "b"}
 
 
 def test_a_half_written_list_leaves_the_one_before_it_in_force(
@@ -72,7 +81,7 @@ def test_a_half_written_list_leaves_the_one_before_it_in_force(
     sites_file.current()
     written(path, '{"a": {"node')
     with caplog.at_level(logging.WARNING, logger="mcrage.server"):
-        assert sites_file.current() == {1: "a"}
+        assert sites_file.current().site_of == {1: "a"}
     assert "stays in force" in caplog.text
     written(path, {})
-    assert sites_file.current() == {}
+    assert sites_file.current().site_of == {}

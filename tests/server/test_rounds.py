@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from client.app import app
 from mcrage.config import RunConfig, StrategyName
 from mcrage.errors import CheckpointError, ConfigError, FederationError
-from mcrage.wire import Wire, packed
+from mcrage.wire import Wire, packed, unpacked
 from server.rounds import FederationResult, RoundRecord, moved_average, run_federation
 from server.validation import received
 from simulations.grid import App, InProcessGrid
@@ -131,11 +131,11 @@ def _change(reply: Message, how: Callable[[Any], Any]) -> None:
 
 
 def _arrays(reply: Message) -> dict[str, Any]:
-    return received(reply.content).arrays
+    return unpacked(received(reply.content)).arrays
 
 
 def _repack(reply: Message, arrays: dict[str, Any]) -> None:
-    wire = packed(Wire(received(reply.content).values, arrays))
+    wire = packed(Wire(unpacked(received(reply.content)).values, arrays))
     reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in wire.arrays.items()})
     reply.content["config"] = ConfigRecord(dict(wire.values))
 

@@ -1,5 +1,6 @@
 """Sites that come, change their keys and go: in the list, at a real SuperLink, and for the proxy."""
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from mcrage.errors import ConfigError, FederationError
 from mcrage.files import lock_file
 from mcrage.pki import Authority, SiteRequest, describe, site_request, verify
+from mcrage.signing import as_extension, public_key
 from mcrage.supervision import end, start
 from server import sites
 from server.control import Control
@@ -80,6 +82,11 @@ def header(made: SiteRequest) -> str:
     return b64encode(public_key_to_bytes(key)).decode()
 
 
+def asked(name: str, secret: str = "") -> SiteRequest:
+    """What enrolment makes; by default every site has a secret of its own."""
+    return site_request(name, as_extension(public_key(hashlib.sha256((secret or name).encode()).digest())))
+
+
 def request_of(key_pem: bytes, name: str) -> bytes:
     """A request of another name with a key that there is."""
     key = load_pem_private_key(key_pem, None)
@@ -90,13 +97,13 @@ def request_of(key_pem: bytes, name: str) -> bytes:
 
 
 def added(home: Home, name: str) -> SiteRequest:
-    made = site_request(name)
+    made = asked(name)
     sites.add(home, name, made.request_pem, days=30)
     return made
 
 
 def rotated(home: Home, name: str) -> SiteRequest:
-    made = site_request(name)
+    made = asked(name)
     sites.rotate(home, name, made.request_pem, days=30)
     return made
 
@@ -110,7 +117,7 @@ def files(home: Home) -> dict[str, bytes]:
 
 
 def test_a_site_gets_a_certificate_for_the_key_that_it_made(home: Home) -> None:
-    made = site_request("hosp-a")
+    made = asked("hosp-a")
     certificate = sites.add(home, "hosp-a", made.request_pem, days=30)
     verify(certificate, (home.pki / "ca.crt").read_bytes(), purpose="site")
     (key,) = home.sites()["hosp-a"].keys
@@ -133,20 +140,21 @@ def test_a_site_is_added_once(home: Home) -> None:
 def test_a_name_that_is_none_is_refused(home: Home, name: str) -> None:
     before = files(home)
     with pytest.raises(ConfigError, match="a site's name is"):
-        sites.add(home, name, site_request("hosp-a").request_pem, days=30)
+        sites.add(home, name, asked("hosp-a").request_pem, days=30)
     assert files(home) == before
 
 
 @pytest.mark.parametrize(
     ("request_pem", "days", "told"),
     [
-        (site_request("hosp-b").request_pem, 30, "the request is for 'hosp-b' and not for 'hosp-a'"),
+        (asked("hosp-b").request_pem, 30, "the request is for 'hosp-b' and not for 'hosp-a'"),
         (b"no request", 30, "no signing request"),
-        (site_request("hosp-a").key_pem, 30, "no signing request"),
-        (site_request("hosp-a").request_pem, 0, "1 to 825 days"),
-        (site_request("hosp-a").request_pem, 826, "1 to 825 days"),
+        (asked("hosp-a").key_pem, 30, "no signing request"),
+        (site_request("hosp-a").request_pem, 30, "the request tells no signing key of the site"),
+        (asked("hosp-a").request_pem, 0, "1 to 825 days"),
+        (asked("hosp-a").request_pem, 826, "1 to 825 days"),
     ],
-    ids=["another name", "garbage", "a key", "no days", "too many days"],
+    ids=["another name", "garbage", "a key", "no signing key", "no days", "too many days"],
 )
 def test_a_request_that_is_not_good_changes_nothing(home: Home, request_pem: bytes, days: int, told: str) -> None:
     before = files(home)
@@ -187,6 +195,22 @@ def test_a_key_serves_once_only(home: Home) -> None:
         sites.add(home, "hosp-d", request_of(old.key_pem, "hosp-d"), days=30)
     assert list(home.sites()) == ["hosp-a"]
     added(home, "hosp-b")  # the name may come back with another key
+
+
+def test_a_site_keeps_the_key_by_which_its_replies_are_checked(home: Home) -> None:
+    """Whoever could put another one in its place could answer for it."""
+    added(home, "hosp-a")
+    before = home.sites()["hosp-a"]
+    with pytest.raises(ConfigError, match="site hosp-a: the request tells another signing key than the site's"):
+        sites.rotate(home, "hosp-a", asked("hosp-a", secret="another").request_pem, days=30)
+    rotated(home, "hosp-a")
+    assert home.sites()["hosp-a"].signing_key == before.signing_key
+    with pytest.raises(ConfigError, match="site hosp-b: this signing key is that of site hosp-a"):
+        sites.add(home, "hosp-b", asked("hosp-b", secret="hosp-a").request_pem, days=30)
+    assert list(home.sites()) == ["hosp-a"]
+    sites.remove(home, "hosp-a")
+    added(home, "hosp-a")
+    assert home.sites()["hosp-a"].signing_key == before.signing_key, "a site that comes back is the same one"
 
 
 def test_a_site_that_is_not_there_cannot_be_changed(home: Home) -> None:
@@ -235,8 +259,14 @@ def test_flower_gets_the_sites_and_the_registry_their_nodes(live: tuple[Home, Co
     by_key = {node.public_key: node.node_id for node in control.nodes()}
     nodes = {name: [by_key[key] for key in keys(home, name)] for name in home.sites()}
     assert done == [f"site {name} is node {node_ids[0]}" for name, node_ids in nodes.items()]
-    assert home.read_registry() == {name: {"node_ids": node_ids} for name, node_ids in nodes.items()}
-    assert read_registry(home.registry) == {nodes["hosp-a"][0]: "hosp-a", nodes["hosp-b"][0]: "hosp-b"}
+    assert home.read_registry() == {
+        name: {"node_ids": node_ids, "signing_key": home.sites()[name].signing_key} for name, node_ids in nodes.items()
+    }
+    registry = read_registry(home.registry)
+    assert registry.site_of == {nodes["hosp-a"][0]: "hosp-a", nodes["hosp-b"][0]: "hosp-b"}
+    assert {signer.site: signer.public_key.hex() for signer in registry.signers.values()} == {
+        name: entry.signing_key for name, entry in home.sites().items()
+    }
     written = home.registry.stat()
     assert sites.reconcile(home, control) == []
     assert home.registry.stat() == written
@@ -246,7 +276,7 @@ def test_a_node_that_was_registered_by_hand_is_thrown_out(live: tuple[Home, Cont
     home, control = live
     own = added(home, "hosp-a")
     sites.reconcile(home, control)
-    foreign = control.register(header(site_request("hosp-x")), "hosp-a")
+    foreign = control.register(header(asked("hosp-x")), "hosp-a")
     assert sites.reconcile(home, control) == [f"node {foreign} is let in no more"]
     assert [node.public_key for node in control.nodes()] == [header(own)]
 
@@ -274,7 +304,7 @@ def test_a_site_is_two_nodes_while_it_changes_its_key_the_newest_last(live: tupl
     assert (len(both), both[0]) == (2, old)
     sites.retire(home, "hosp-a")
     assert sites.reconcile(home, control) == [f"node {old} is let in no more"]
-    assert home.read_registry() == {"hosp-a": {"node_ids": both[1:]}}
+    assert home.read_registry()["hosp-a"]["node_ids"] == both[1:]
     assert [node.node_id for node in control.nodes()] == both[1:]
 
 
@@ -291,7 +321,7 @@ def test_a_registry_that_is_damaged_is_made_anew(live: tuple[Home, Control], con
 
 def test_a_key_that_flower_does_not_take_keeps_no_other_site_out(live: tuple[Home, Control]) -> None:
     home, control = live
-    burnt = site_request("hosp-a")
+    burnt = asked("hosp-a")
     control.unregister(control.register(header(burnt), "hosp-a"))
     sites.add(home, "hosp-a", burnt.request_pem, days=30)
     added(home, "hosp-b")
@@ -301,8 +331,11 @@ def test_a_key_that_flower_does_not_take_keeps_no_other_site_out(live: tuple[Hom
     )
     (node,) = control.nodes()
     assert let_in == f"site hosp-b is node {node.node_id}"
-    assert home.read_registry() == {"hosp-a": {"node_ids": []}, "hosp-b": {"node_ids": [node.node_id]}}
-    assert read_registry(home.registry) == {node.node_id: "hosp-b"}
+    assert {name: entry["node_ids"] for name, entry in home.read_registry().items()} == {
+        "hosp-a": [],
+        "hosp-b": [node.node_id],
+    }
+    assert read_registry(home.registry).site_of == {node.node_id: "hosp-b"}
 
 
 def test_without_a_superlink_the_registry_stays_as_it_is(home: Home) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from mcrage.errors import MessageError
 from mcrage.messages import SiteUpdate, Wire
+from mcrage.signing import Signer, public_key, signed
 from server.exchange import Answer
 from server.validation import Replies, check_replies, read_array, read_update, received
 
@@ -131,6 +133,37 @@ def test_without_a_bound_any_update_is_taken_and_with_one_the_site_is_told_both_
 def test_a_node_that_was_not_asked_changes_nothing() -> None:
     replies = check(*(reply(node_id, content()) for node_id in (11, 12, 13, 99)))
     assert list(replies.accepted) == ["a", "b", "c"]
+
+
+def test_a_reply_counts_for_the_site_and_the_instruction_that_it_was_signed_for_and_no_other() -> None:
+    secrets = {"a": b"a" * 32, "b": b"b" * 32, "c": b"c" * 32}
+    signers = {site: Signer(site, public_key(secret)) for site, secret in secrets.items()}
+    read = partial(SiteUpdate.from_wire, shapes={"w": (2, 3)})
+
+    def signed_reply(node_id: int, *, by: str, instruction: str = "", values: dict[str, float] = {}) -> Answer:  # noqa: B006
+        message = reply(node_id, content())
+        asked = instruction or message.metadata.reply_to_message_id
+        wire = signed(received(message.content), site=by, instruction=asked, secret=secrets[by])
+        message.content["config"] = ConfigRecord({**wire.values, **values})
+        return Answer(ASKED[node_id], node_id, message, signers[ASKED[node_id]])
+
+    def dropped(*answers: Answer) -> dict[str, str]:
+        replies = check_replies(answers, asked=SITES, read=read, server_round=2)
+        assert set(replies.accepted) == set(SITES) - set(replies.dropped)
+        return replies.dropped
+
+    honest = [signed_reply(node_id, by=ASKED[node_id]) for node_id in (11, 12, 13)]
+    assert dropped(*honest) == {}
+    wrong = {"c": "its reply is not signed by this site as an answer to what it was asked"}
+    assert dropped(*honest[:2], signed_reply(13, by="b")) == wrong
+    assert dropped(*honest[:2], signed_reply(13, by="c", instruction="another one")) == wrong
+    assert dropped(*honest[:2], signed_reply(13, by="c", values={"loss": 0.25})) == wrong
+    assert dropped(*honest[:2], Answer("c", 13, reply(13, content()), signers["c"])) == {"c": "its reply is not signed"}
+    swapped = [
+        replace(honest[0], message=honest[1].message, node_id=12),
+        replace(honest[1], message=honest[0].message, node_id=11),
+    ]
+    assert set(dropped(*swapped, honest[2])) == {"a", "b"}, "even where Flower says that they are right"
 
 
 @pytest.mark.parametrize("value", [b"bytes", [1, 2], "x" * (2**24 + 1)])
