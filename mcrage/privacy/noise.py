@@ -10,7 +10,7 @@ same four through an orthogonal matrix of signs, which keeps them independent.
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcrage.privacy.keyed import KeyedBits
@@ -51,6 +51,14 @@ class GaussianNoise:
             noise = self._normals(len(part)).mul_(deviation * INFLATION / spacing).round_()
             released[start : start + _AT_ONCE] = part.add_(noise).mul_(spacing)
         return released
+
+    def integers(self, size: int, *, deviation: float) -> Int[Tensor, " size"]:
+        """Gaussian noise of this standard deviation, rounded to whole numbers; meant for deviations of 10⁴ and more."""
+        noise = torch.empty(size, dtype=torch.int64)
+        for start in range(0, size, _AT_ONCE):
+            part = noise[start : start + _AT_ONCE]
+            part.copy_(self._normals(len(part)).mul_(deviation).round_())
+        return noise
 
     def _normals(self, size: int) -> Float[Tensor, " size"]:
         """Independent standard Gaussians, float64."""
