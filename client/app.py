@@ -9,7 +9,14 @@ from flwr.clientapp import ClientApp
 from client.boundary import answer, incoming
 from client.places import DEBUG_LOG
 from client.site import Site
-from mcrage.messages import AccountInstruction, DescribeInstruction, EvaluateInstruction, Outgoing, TrainInstruction
+from mcrage.messages import (
+    AccountInstruction,
+    DescribeInstruction,
+    EvaluateInstruction,
+    Outgoing,
+    SumInstruction,
+    TrainInstruction,
+)
 
 app = ClientApp()
 
@@ -30,6 +37,12 @@ def account(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Parameters after some steps on the site's training rows."""
     return _answered(message, context, lambda site: site.train(TrainInstruction.from_wire(incoming(message))))
+
+
+@app.train("sum")
+def summed(message: Message, context: Context) -> Message:
+    """The site's part of a step with shared noise, under a mask."""
+    return _answered(message, context, lambda site: site.sum(SumInstruction.from_wire(incoming(message))))
 
 
 @app.evaluate()

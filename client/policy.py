@@ -10,118 +10,36 @@ import json
 import os
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from mcrage.data.groups import MINIMUM_CELL
+from client.rules import DataRules as DataRules
+from client.rules import ModelRules as ModelRules
+from client.rules import PrivacyRules as PrivacyRules
+from client.rules import Section, Task
 from mcrage.data.schema import TableSchema
 from mcrage.errors import RefusedError, SchemaError
-from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
-from mcrage.privacy.events import LARGEST_NOISE, LARGEST_RATE, SMALLEST_NOISE
+from mcrage.messages import DescribeInstruction, EvaluateInstruction, SumInstruction, TrainInstruction
+from mcrage.privacy.events import LARGEST_NOISE
 from mcrage.refusals import REFUSALS
 
-Instruction = DescribeInstruction | TrainInstruction | EvaluateInstruction
-Task = Literal["describe", "train", "evaluate"]
+Instruction = DescribeInstruction | TrainInstruction | SumInstruction | EvaluateInstruction
 
-_TASKS: dict[type, Task] = {DescribeInstruction: "describe", TrainInstruction: "train", EvaluateInstruction: "evaluate"}
+_TASKS: dict[type, Task] = {
+    DescribeInstruction: "describe",
+    TrainInstruction: "train",
+    SumInstruction: "train",
+    EvaluateInstruction: "evaluate",
+}
 _MB = 2**20
 _MOST_ARRAYS = 1_000
 _MOST_CONTAINERS = 200_000  # of a description: each takes 60 bytes and more, for two characters of text
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class PrivacyRules(_Section):
-    """What the hospital asks for its patients.
-
-    Attributes:
-        required: Whether everything that leaves has to be differentially private.
-        declared_patients: Public number of training patients; every update is divided by it, and δ is at most a tenth
-            over it.
-        max_epsilon_total, max_epsilon_run: Of everything for ever, and of one run.
-        max_delta: Of every epsilon here.
-        min_noise_multiplier, max_sample_rate, max_draws: Of a training step.
-        min_grad_norm, max_grad_norm: The clipping norm lies between them.
-        max_steps_round, max_steps_run, max_rounds_run: Length of a training.
-        max_count_epsilon, max_score_epsilon: Of the group counts, and of the scores of the test patients.
-        min_histogram_noise: Standard deviation on every cell of the one-way histograms.
-        allow_histograms: Whether one-way histograms may leave.
-        max_releases: Events in the ledger, for ever.
-        allow_simulated_noise: Whether noise may come from a seed, which protects nobody.
-    """
-
-    required: bool = True
-    declared_patients: int = Field(default=0, ge=0)
-    max_epsilon_total: float = Field(default=10.0, gt=0)
-    max_epsilon_run: float = Field(default=3.0, gt=0)
-    max_delta: float = Field(default=1e-5, gt=0, le=1e-3)
-    min_noise_multiplier: float = Field(default=0.5, ge=SMALLEST_NOISE)
-    max_sample_rate: float = Field(default=0.5, gt=0, le=LARGEST_RATE)
-    max_draws: int = Field(default=32, ge=1)
-    min_grad_norm: float = Field(default=1e-3, gt=0)
-    max_grad_norm: float = Field(default=100.0, gt=0)
-    max_steps_round: int = Field(default=1_000, ge=1)
-    max_steps_run: int = Field(default=20_000, ge=1)
-    max_rounds_run: int = Field(default=1_000, ge=1)
-    max_count_epsilon: float = Field(default=1.0, gt=0)
-    max_score_epsilon: float = Field(default=1.0, gt=0)
-    min_histogram_noise: float = Field(default=5.0, ge=SMALLEST_NOISE)
-    allow_histograms: bool = True
-    max_releases: int = Field(default=10_000, ge=1)
-    allow_simulated_noise: bool = False
-
-    @model_validator(mode="after")
-    def _declared(self) -> "PrivacyRules":
-        if self.required and not self.declared_patients:
-            raise ValueError("declared_patients: give the public number of training patients")
-        if self.required and self.allow_simulated_noise:
-            raise ValueError("allow_simulated_noise: noise from a seed protects nobody, so required must be false")
-        return self
-
-
-class DataRules(_Section):
-    """What may be done with which columns.
-
-    Attributes:
-        tasks: What may be asked.
-        allowed_columns: Columns that may be modelled; empty for all of the schema.
-        minimum_cell: Smallest count that may leave, also where it has noise.
-        min_test_fraction, max_test_fraction: The share of test patients lies between them.
-        release_loss: Whether a loss may leave in a run without privacy; with privacy none does.
-    """
-
-    tasks: tuple[Task, ...] = ("describe", "train", "evaluate")
-    allowed_columns: tuple[str, ...] = ()
-    minimum_cell: int = Field(default=MINIMUM_CELL, ge=MINIMUM_CELL)
-    min_test_fraction: float = Field(default=0.05, gt=0, lt=1)
-    max_test_fraction: float = Field(default=0.5, gt=0, lt=1)
-    release_loss: bool = False
-
-
-class ModelRules(_Section):
-    """How large a model and its training may be.
-
-    Attributes:
-        max_width, max_depth: Of the network.
-        max_description_mb: Of the text that describes it, in 2^20 characters.
-        max_parameters: Numbers that come with it, as float32.
-        max_learning_rate, max_batch_size: Of a training step.
-    """
-
-    max_width: int = Field(default=1024, ge=1)
-    max_depth: int = Field(default=8, ge=1)
-    max_description_mb: int = Field(default=16, ge=1)
-    max_parameters: int = Field(default=20_000_000, ge=1)
-    max_learning_rate: float = Field(default=1.0, gt=0)
-    max_batch_size: int = Field(default=65_536, ge=1)
-
-
-class SitePolicy(_Section):
+class SitePolicy(Section):
     """A hospital's policy; see :meth:`load` and :meth:`check`."""
 
     privacy: PrivacyRules
@@ -181,6 +99,9 @@ class SitePolicy(_Section):
             min_histogram_noise=0.3,
             max_releases=1_000_000,
             allow_simulated_noise=True,
+            noise=("local", "shared"),
+            min_sharing_sites=2,
+            allow_unknown_peers=True,
         )
         data = DataRules(min_test_fraction=1e-12, max_test_fraction=1 - 1e-12, release_loss=True)
         model = ModelRules(max_width=4096, max_depth=32, max_parameters=200_000_000, max_learning_rate=1e3)
@@ -221,7 +142,7 @@ class SitePolicy(_Section):
         yield from self._privacy(instruction)
         if isinstance(instruction, TrainInstruction):
             yield from self._training(instruction)
-        if isinstance(instruction, TrainInstruction | EvaluateInstruction):
+        if isinstance(instruction, TrainInstruction | SumInstruction | EvaluateInstruction):
             yield from self._model(instruction, schema)
 
     def _general(self, instruction: Instruction, schema: TableSchema) -> Iterator[int]:
@@ -254,6 +175,8 @@ class SitePolicy(_Section):
             yield from self._counts(instruction)
         elif isinstance(instruction, TrainInstruction):
             yield from self._protected_training(instruction)
+        elif isinstance(instruction, SumInstruction):
+            yield from self._shared(instruction)
         else:
             yield from self._scores(instruction)
 
@@ -270,13 +193,47 @@ class SitePolicy(_Section):
             yield 2115
 
     def _protected_training(self, instruction: TrainInstruction) -> Iterator[int]:
+        if "local" not in self.privacy.noise:
+            yield 2136
         yield from self._noise(instruction)
         if not self.privacy.declared_patients:
             yield 2123
         if instruction.proximal_mu > 0:
             yield 2122
 
-    def _noise(self, instruction: TrainInstruction) -> Iterator[int]:
+    def _shared(self, instruction: SumInstruction) -> Iterator[int]:
+        yield from self._noise(instruction)
+        if "shared" not in self.privacy.noise:
+            yield 2130
+        if instruction.colluders < self.privacy.min_colluders:
+            yield 2132
+        if instruction.server_round > self.privacy.max_rounds_run:
+            yield 2110
+        if instruction.total_rounds > self.privacy.max_steps_run:
+            yield 2111
+        if instruction.server_round > instruction.total_rounds:
+            yield 2112
+
+    def check_peers(self, peers: Mapping[str, bytes], *, colluders: int) -> None:
+        """Raises unless the noise may be shared with these sites.
+
+        Args:
+            peers: Signing keys of the other sites, by name.
+            colluders: How many of them the noise reckons with.
+
+        Raises:
+            RefusedError: With the code of the rule.
+        """
+        known = {f"{site}:{key.hex()}" for site, key in peers.items()}
+        sites = len(peers) + 1
+        if sites < self.privacy.min_sharing_sites:
+            raise RefusedError(2131, f"{REFUSALS[2131]}: {sites}")
+        if colluders >= sites:
+            raise RefusedError(2135, f"{REFUSALS[2135]}: {sites} sites, {colluders} colluders")
+        if not self.privacy.allow_unknown_peers and not known <= {*self.privacy.peers}:
+            raise RefusedError(2133, f"{REFUSALS[2133]}: {', '.join(sorted(known - {*self.privacy.peers}))}")
+
+    def _noise(self, instruction: TrainInstruction | SumInstruction) -> Iterator[int]:
         privacy = self.privacy
         if instruction.noise_multiplier < privacy.min_noise_multiplier:
             yield 2101
@@ -306,7 +263,9 @@ class SitePolicy(_Section):
         if instruction.batch_size > self.model.max_batch_size:
             yield 2121
 
-    def _model(self, instruction: TrainInstruction | EvaluateInstruction, schema: TableSchema) -> Iterator[int]:
+    def _model(
+        self, instruction: TrainInstruction | SumInstruction | EvaluateInstruction, schema: TableSchema
+    ) -> Iterator[int]:
         rules, text, arrays = self.model, instruction.description, instruction.parameters.values()
         if len(text) > rules.max_description_mb * _MB:
             yield 2202

@@ -16,18 +16,22 @@ from client.places import LEDGER, POLICY, SECRET, WITNESS
 from client.policy import SitePolicy
 from mcrage import __version__
 from mcrage.data.schema import TableSchema
-from mcrage.messages import DescribeInstruction, EvaluateInstruction, TrainInstruction
+from mcrage.errors import MessageError, RefusedError
+from mcrage.messages import DescribeInstruction, EvaluateInstruction, SumInstruction, TrainInstruction
+from mcrage.peers import Peer, peers_from_json
 from mcrage.privacy.accounting import epsilon, merge
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import create_secret, derive, read_secret
 from mcrage.privacy.ledger import Limits, PrivacyLedger
+from mcrage.privacy.masking import MaskKey
 from mcrage.privacy.statement import PrivacyAccount, accountant
+from mcrage.refusals import REFUSALS
 
 UNPROTECTED = PrivacyEvent(mechanism="unprotected")
 
 _LOG = logging.getLogger("mcrage.site")
 
-Instruction = DescribeInstruction | TrainInstruction | EvaluateInstruction
+Instruction = DescribeInstruction | TrainInstruction | SumInstruction | EvaluateInstruction
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,43 @@ class Protection:
             has_unprotected=any(event.mechanism == "unprotected" for event in every),
         )
 
+    def mask_key(self, run: str, *, dataset: str) -> MaskKey:
+        """The site's key for the masks of a run, as long as nothing changes here.
+
+        Raises:
+            PrivacyError: If the site has no secret.
+        """
+        return MaskKey(read_secret(self.folder / SECRET), run.encode() + self._state(dataset))
+
+    def offer(self, run: str, *, dataset: str) -> str:
+        """The key for masks as the other sites get it, signed."""
+        public, secret = self.mask_key(run, dataset=dataset).public, read_secret(self.folder / SECRET)
+        return Peer.signed(public, site=self.site, run=run, secret=secret).to_json()
+
+    def peers(self, instruction: SumInstruction, own: MaskKey) -> dict[str, bytes]:
+        """Keys for masks of the sites that are asked together, if the noise may be shared with them.
+
+        Raises:
+            RefusedError: If not, with the code of the rule.
+        """
+        try:
+            peers = peers_from_json(instruction.peers, run=instruction.run)
+        except MessageError as error:
+            raise RefusedError(2134, f"{REFUSALS[2134]}: {error}") from None
+        public = {site: peer.key for site, peer in peers.items()}
+        if public.get(self.site) != own.public:
+            raise RefusedError(2134, f"{REFUSALS[2134]}: the key of this site is not among them")
+        if len({*public.values()}) < len(public):
+            raise RefusedError(2134, f"{REFUSALS[2134]}: two sites have the same key")
+        signing = {site: peer.signing_key for site, peer in peers.items() if site != self.site}
+        self.policy.check_peers(signing, colluders=instruction.colluders)
+        return public
+
+    def _state(self, dataset: str) -> bytes:
+        """Whatever moves a sum, were it by a rounding: one noise over two sums would bare their difference."""
+        computed = [dataset, self.policy.privacy.declared_patients, self.num_threads, __version__, torch.__version__]
+        return json.dumps(computed).encode()
+
     def charge(self, instruction: Instruction, events: Sequence[PrivacyEvent], *, dataset: str) -> Release:
         """Records what is about to be done; the data may be read once this has returned.
 
@@ -121,9 +162,7 @@ class Protection:
         policy, task = self.policy, type(instruction).__name__.removesuffix("Instruction").lower()
         asked = instruction_digest(instruction)
         is_protected = instruction.dp and instruction.noise_seed < 0
-        # Whatever moves a sum, were it by a rounding: one noise over two sums would bare their difference.
-        computed = [dataset, policy.privacy.declared_patients, self.num_threads, __version__, torch.__version__]
-        digest = hashlib.sha256(asked + json.dumps(computed).encode()).hexdigest()
+        digest = hashlib.sha256(asked + self._state(dataset)).hexdigest()
         # A run without noise is one fact about the run, however many messages it has.
         key = digest if is_protected else f"without noise {instruction.run} {dataset}"
         limits = Limits(

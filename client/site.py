@@ -11,7 +11,7 @@ Whatever is asked goes the same way: the schema, the policy, the model, the ledg
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from client import tables
 from client.places import SECRET
 from client.pretend import pretend_private_folder
-from client.protection import Protection, Release
+from client.protection import Instruction, Protection, Release, instruction_digest
 from mcrage import __version__, rng
 from mcrage.cddpm import CDDPM
 from mcrage.config import SITE_NAME, RunConfig, Scalar
@@ -37,15 +37,19 @@ from mcrage.messages import (
     SiteDescription,
     SiteLoss,
     SiteScores,
+    SiteSum,
     SiteUpdate,
+    SumInstruction,
     TrainInstruction,
 )
 from mcrage.privacy import counts
 from mcrage.privacy.keyed import read_secret
+from mcrage.privacy.shared import SharedNoise, as_words
 from mcrage.refusals import OF_FAULT
 from mcrage.signing import signed
 from mcrage.training.local import TrainingConfig, train_steps
 from mcrage.training.private import DPSGDConfig, PatientRows, RoundKeys, train_privately
+from mcrage.training.shared import noisy_sum
 from mcrage.wire import Wire
 
 
@@ -102,6 +106,7 @@ class Site:
             group_counts=self._group_counts(train, schema, instruction, release),
             marginals=self._marginals(train, schema, instruction, release) if instruction.marginals else None,
             versions=_versions(),
+            mask_key=self._protection.offer(instruction.run, dataset=self._dataset) if instruction.shares_noise else "",
         )
 
     def train(self, instruction: TrainInstruction) -> SiteUpdate:
@@ -118,6 +123,42 @@ class Site:
         )
         loss = (self._train_privately if instruction.dp else self._train)(instruction, model, config)
         return SiteUpdate(server_round=instruction.server_round, loss=loss, parameters=model.parameters())
+
+    def sum(self, instruction: SumInstruction) -> SiteSum:
+        """The site's part of a step that several sites take together, noisy and under a mask."""
+        torch.set_num_threads(self.num_threads)
+        schema = self._schema(instruction)
+        model = _model(instruction, schema)
+        own = self._protection.mask_key(instruction.run, dataset=self._dataset)
+        peers = self._protection.peers(instruction, own)
+        shared = SharedNoise(
+            noise_multiplier=instruction.noise_multiplier,
+            max_grad_norm=instruction.max_grad_norm,
+            sites=len(peers),
+            colluders=instruction.colluders,
+        )
+        privacy = DPSGDConfig(
+            noise_multiplier=instruction.noise_multiplier,
+            sample_rate=instruction.sample_rate,
+            max_grad_norm=instruction.max_grad_norm,
+            draws=instruction.draws,
+            patients=0,  # the server divides
+        )
+        event = replace(privacy.event(1), own_noise=shared.own_multiplier)
+        key = self._key(instruction.test_fraction)
+        release = self._protection.charge(instruction, [event], dataset=self._dataset)
+        encoded, patients = tables.encoded_by_row(key, instruction.description, release.spreading)
+        steps = noisy_sum(
+            model.network_,
+            model.diffusion_,
+            PatientRows(encoded, patients),
+            privacy=privacy,
+            shared=shared,
+            keys=RoundKeys(release.key("sampling"), release.key("noise")),
+            step=instruction.server_round - 1,
+        )
+        mask = own.mask(len(steps), site=self.name, peers=peers, context=instruction_digest(instruction))
+        return SiteSum(server_round=instruction.server_round, words=as_words(steps) + mask)
 
     def evaluate(self, instruction: EvaluateInstruction) -> SiteLoss | SiteScores:
         """Loss on the test rows, or under privacy noisy counts of what the label model says of the test patients.
@@ -209,7 +250,7 @@ class Site:
             steps=_steps(instruction),
         )
 
-    def _schema(self, instruction: DescribeInstruction | TrainInstruction | EvaluateInstruction) -> TableSchema:
+    def _schema(self, instruction: Instruction) -> TableSchema:
         """The data dictionary, once the policy has allowed the instruction."""
         schema = TableSchema.load(self.schema_path)
         self._protection.check(instruction, schema)
@@ -228,7 +269,7 @@ class Site:
         return tables.TableKey(self.name, tables.stamp(self.data_path), tables.stamp(self.schema_path), test_fraction)
 
 
-def _model(instruction: TrainInstruction | EvaluateInstruction, schema: TableSchema) -> CDDPM:
+def _model(instruction: TrainInstruction | SumInstruction | EvaluateInstruction, schema: TableSchema) -> CDDPM:
     """The model that came; whatever is wrong with it is known before a row is read."""
     try:
         model = tables.model(instruction.description)

@@ -83,7 +83,7 @@ def _summary(rows: "list[Charge] | tuple[Charge, ...]") -> dict[str, Any]:
     return {
         "charges": len(rows),
         "unprotected": sum(len(row.events) - len(row.protected) for row in rows),
-        "events": [asdict(event) for event in merged if event.mechanism != "unprotected"],
+        "events": [event.to_dict() for event in merged if event.mechanism != "unprotected"],
     }
 
 
@@ -106,7 +106,8 @@ def _in_lines(path: Path, content: dict[str, Any]) -> str:
 def _event_in_words(event: dict[str, Any]) -> str:
     noise, steps = event["noise_multiplier"], event["steps"]
     if event["mechanism"] == "dp-sgd":
-        return f"{steps:,} steps of dp-sgd, noise multiplier {noise:g}, sample rate {event['sample_rate']:g}"
+        shared = f" shared, own share {event['own_noise']:.3g}" if event.get("own_noise") else ""
+        return f"{steps:,} steps of dp-sgd, noise multiplier {noise:g}{shared}, sample rate {event['sample_rate']:g}"
     return f"{steps:,} counts with {event['mechanism']} noise {noise:g}"
 
 

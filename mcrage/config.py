@@ -155,6 +155,12 @@ class PrivacyConfig(_Section):
         dp_sample_rate: Probability that a patient takes part in a step. Few large steps beat many small ones.
         dp_max_grad_norm: Clipping norm of a patient's gradient.
         dp_draws: Noise levels per patient and step (Dockhorn et al., 2023); they cost time, not privacy.
+        dp_noise: ``local``: every site adds all of the noise, and whatever leaves it is protected by itself.
+            ``shared``: the sites add it up together under masks (:mod:`mcrage.privacy.shared`), so that small ones can
+            take part; a round is then one step, taken by the server.
+        dp_colluders: How many sites may tell others what noise they added without harm; with shared noise only.
+        dp_spare_rounds: How many sums of a run with shared noise may stay closed because a site fell silent; they are
+            paid for, so the noise reckons with them.
         dp_count_epsilon: ε of the numbers of patients by group, which a site releases once a run.
         dp_histogram_noise: Standard deviation of the noise on every cell of the one-way histograms; 0 for none of
             them.
@@ -170,6 +176,9 @@ class PrivacyConfig(_Section):
     dp_sample_rate: float = Field(default=0.1, gt=0, le=0.5)
     dp_max_grad_norm: float = Field(default=1.0, gt=0)
     dp_draws: int = Field(default=4, ge=1)
+    dp_noise: Literal["local", "shared"] = "local"
+    dp_colluders: int = Field(default=1, ge=1)
+    dp_spare_rounds: int = Field(default=2, ge=0)
     dp_count_epsilon: float = Field(default=0.5, gt=0)
     dp_histogram_noise: float = Field(default=20.0, ge=0)
     dp_score_epsilon: float = Field(default=0.0, ge=0)
@@ -282,8 +291,10 @@ _SECTIONS: dict[str, type[_Section]] = {
 def _together(parts: Mapping[str, _Section]) -> list[str]:
     """What is wrong with settings that are fine one by one."""
     privacy, federation = parts.get("privacy"), parts.get("federation")
-    if not isinstance(privacy, PrivacyConfig) or not isinstance(federation, FederationConfig) or not privacy.dp:
+    if not isinstance(privacy, PrivacyConfig) or not isinstance(federation, FederationConfig):
         return []
+    if not privacy.dp:
+        return ["dp-noise: there is no noise to share; set dp=true"] if privacy.dp_noise == "shared" else []
     problems = []
     if not privacy.dp_epsilon and not privacy.dp_noise_multiplier:
         problems.append("dp-epsilon: dp=true needs the ε that the run may cost, or dp-noise-multiplier; both are 0")
@@ -291,6 +302,22 @@ def _together(parts: Mapping[str, _Section]) -> list[str]:
         problems.append("dp-noise-multiplier: it follows from dp-epsilon; give one of them")
     if federation.strategy == "fedprox":
         problems.append("strategy: fedprox pulls with gradients that have no noise; choose another one with dp=true")
+    return problems + (_shared(privacy, federation) if privacy.dp_noise == "shared" else [])
+
+
+def _shared(privacy: PrivacyConfig, federation: FederationConfig) -> list[str]:
+    """What does not go together with sums that nobody can look into."""
+    problems = []
+    if federation.local_steps != 1:
+        problems.append("local-steps: with dp-noise=shared every round is one step of the server; set it to 1")
+    if federation.strategy not in ("fedavg", "fedavgm"):
+        problems.append(f"strategy: {federation.strategy} would have to see each site's update; leave it out")
+    if federation.max_update_norm:
+        problems.append("max-update-norm: nobody sees a site's update with dp-noise=shared; set it to 0")
+    if federation.site_weights != "uniform":
+        problems.append("site-weights: with dp-noise=shared every patient counts the same; set it to uniform")
+    if federation.min_sites <= privacy.dp_colluders:
+        problems.append(f"min-sites: of {federation.min_sites} sites {privacy.dp_colluders} may collude; ask for more")
     return problems
 
 

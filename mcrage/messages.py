@@ -32,6 +32,12 @@ from mcrage.errors import (
     RefusedError,
     SchemaError,
 )
+from mcrage.instructions import AccountInstruction as AccountInstruction
+from mcrage.instructions import DescribeInstruction as DescribeInstruction
+from mcrage.instructions import EvaluateInstruction as EvaluateInstruction
+from mcrage.instructions import Round, Sha256
+from mcrage.instructions import SumInstruction as SumInstruction
+from mcrage.instructions import TrainInstruction as TrainInstruction
 from mcrage.privacy.statement import PrivacyAccount
 from mcrage.refusals import FAILURES, REFUSALS, RUNTIME_FAILURES
 from mcrage.wire import Parameters as Parameters
@@ -39,125 +45,8 @@ from mcrage.wire import Scalar as Scalar
 from mcrage.wire import Wire as Wire
 from mcrage.wire import WireMessage, checked, loads
 
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Round = Annotated[int, Field(ge=1)]
-_Share = Annotated[float, Field(gt=0, lt=1)]
 _MOST_PATIENTS = 10**9
-_NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Instruction(WireMessage):
-    """What every instruction says.
-
-    Attributes:
-        run: Which run it belongs to; a repeated instruction of the same run is the same release.
-        test_fraction: Share of patients that the site keeps for testing.
-        dp: Whether the reply has to be differentially private.
-        delta: Of the guarantee that is asked for; 0 without one.
-        noise_seed: Root of the noise in a simulation; -1 for the site's own, without which nothing is protected.
-    """
-
-    run: _Sha256
-    test_fraction: _Share
-    dp: bool = False
-    delta: Annotated[float, Field(ge=0, le=1e-3)] = 0.0
-    noise_seed: Annotated[int, Field(ge=-1)] = -1
-
-
-class DescribeInstruction(Instruction):
-    """Asks a site what it has, apart from the patients that it keeps for testing: round zero.
-
-    Attributes:
-        marginals: Whether one-way histograms are asked for.
-        count_epsilon: ε of the group counts.
-        histogram_noise: Standard deviation of the noise on each cell of the histograms.
-    """
-
-    marginals: bool
-    count_epsilon: _NotNegative = 0.0
-    histogram_noise: _NotNegative = 0.0
-
-    @classmethod
-    def from_wire(cls, wire: Wire) -> "DescribeInstruction":
-        """Checks every field."""
-        return checked(cls, wire.values)
-
-
-class _ModelInstruction(Instruction):
-    """A model to work on.
-
-    Attributes:
-        server_round: Round, from 1.
-        description: The untrained model: schema, transform and size as JSON. A site with another schema refuses.
-        seed: Root of the random streams.
-        parameters: float32 by name.
-    """
-
-    server_round: _Round
-    description: str
-    seed: Annotated[int, Field(ge=0)]
-    parameters: SkipValidation[Parameters]
-
-
-class TrainInstruction(_ModelInstruction):
-    """Asks a site to train.
-
-    Attributes:
-        first_step: Global number of the first step.
-        local_steps: Steps to take.
-        total_steps: Steps of the whole run, for the learning-rate schedule.
-        batch_size: Rows per step, without privacy.
-        learning_rate: Peak learning rate.
-        warmup_steps: Steps of warm-up over the whole run.
-        proximal_mu: Weight of FedProx's proximal term; 0 without it.
-        noise_multiplier: Standard deviation of the noise over the clipping norm.
-        sample_rate: Probability that a patient takes part in a step.
-        max_grad_norm: Clipping norm of a patient's gradient.
-        draws: Noise levels per patient and step, averaged before clipping.
-    """
-
-    first_step: Annotated[int, Field(ge=0)]
-    local_steps: Annotated[int, Field(ge=1)]
-    total_steps: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup_steps: Annotated[int, Field(ge=0)]
-    proximal_mu: Annotated[float, Field(ge=0)]
-    noise_multiplier: _NotNegative = 0.0
-    sample_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_grad_norm: _NotNegative = 0.0
-    draws: Annotated[int, Field(ge=1)] = 1
-
-    @classmethod
-    def from_wire(cls, wire: Wire) -> "TrainInstruction":
-        """Checks every value; the model checks the parameters when it loads them."""
-        return checked(cls, wire.values, parameters=wire.arrays)
-
-
-class EvaluateInstruction(_ModelInstruction):
-    """Asks a site for the loss on the rows that it keeps for testing, or under privacy for noisy counts of scores.
-
-    Attributes:
-        score_epsilon: ε of the counts of scores.
-    """
-
-    score_epsilon: _NotNegative = 0.0
-
-    @classmethod
-    def from_wire(cls, wire: Wire) -> "EvaluateInstruction":
-        """Checks every value; the model checks the parameters when it loads them."""
-        return checked(cls, wire.values, parameters=wire.arrays)
-
-
-class AccountInstruction(WireMessage):
-    """Asks a site what its ledger says, of one run and in all; no row is read for it."""
-
-    run: _Sha256
-
-    @classmethod
-    def from_wire(cls, wire: Wire) -> "AccountInstruction":
-        """Checks every field."""
-        return checked(cls, wire.values)
+_LONGEST_OFFER = 400
 
 
 class SiteDescription(WireMessage):
@@ -170,16 +59,18 @@ class SiteDescription(WireMessage):
         group_counts: Rows per group of the training part; no count from 1 to 10 is in it.
         marginals: One-way histograms of the training part, small cells merged; None where they were not asked for.
         versions: Versions of what computes, such as torch.
+        mask_key: The site's key for masks with its signature (:mod:`mcrage.peers`); empty where none was asked for.
     """
 
     array_fields: ClassVar[frozenset[str]] = frozenset({"group_counts", "marginals", "versions"})
 
     site: Annotated[str, Field(pattern=SITE_NAME)]
-    schema_fingerprint: _Sha256
+    schema_fingerprint: Sha256
     schema_text: str
     group_counts: SkipValidation[GroupCounts]
     marginals: SkipValidation[Marginals | None]
     versions: dict[str, str]
+    mask_key: Annotated[str, Field(max_length=_LONGEST_OFFER)] = ""
 
     @property
     def table_schema(self) -> TableSchema:
@@ -224,7 +115,7 @@ class SiteUpdate(WireMessage):
     There is no weight in it: weights are the server's.
     """
 
-    server_round: _Round
+    server_round: Round
     loss: float | None = None
     parameters: SkipValidation[Parameters]
 
@@ -239,10 +130,34 @@ class SiteUpdate(WireMessage):
         return checked(cls, wire.values, parameters={name: wire.arrays[name] for name in shapes})
 
 
+class SiteSum(WireMessage):
+    """What a site tells in a step with shared noise: the sum of its patients' gradients, noisy and masked.
+
+    By itself it is uniform; only the sum over all sites that were asked together means anything.
+    """
+
+    array_fields: ClassVar[frozenset[str]] = frozenset({"words"})
+
+    server_round: Round
+    words: SkipValidation[NDArray[np.uint32]]
+
+    def to_wire(self) -> Wire:
+        """The message as plain data."""
+        return Wire(super().to_wire().values, {"words": self.words})
+
+    @classmethod
+    def from_wire(cls, wire: Wire, *, size: int) -> "SiteSum":
+        """Checks every field; there are ``size`` words."""
+        words = wire.arrays.get("words")
+        if set(wire.arrays) != {"words"} or words is None or words.shape != (size,) or words.dtype != np.uint32:
+            raise MessageError(f"expected {size:,} words and nothing else")
+        return checked(cls, wire.values, words=words)
+
+
 class SiteLoss(WireMessage):
     """What a site tells about a model: its mean loss on the site's test rows."""
 
-    server_round: _Round
+    server_round: Round
     loss: float
 
     @classmethod
@@ -258,7 +173,7 @@ class SiteScores(WireMessage):
 
     array_fields: ClassVar[frozenset[str]] = frozenset({"counts"})
 
-    server_round: _Round
+    server_round: Round
     counts: SkipValidation[NDArray[np.float64]]
 
     def to_wire(self) -> Wire:
@@ -344,7 +259,7 @@ _ERRORS: dict[int, tuple[type[BaseException], str]] = {
     1000: (BaseException, "the site failed unexpectedly"),
 }
 
-Outgoing = SiteDescription | SiteUpdate | SiteLoss | SiteScores | SiteAccount
+Outgoing = SiteDescription | SiteUpdate | SiteSum | SiteLoss | SiteScores | SiteAccount
 """Everything that may leave a site when all is well."""
 
 

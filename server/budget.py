@@ -5,6 +5,7 @@ from mcrage.data.schema import TableSchema
 from mcrage.privacy.accounting import calibrate_noise_multiplier, epsilon
 from mcrage.privacy.counts import group_counts_event, marginals_event, scores_event
 from mcrage.privacy.events import PrivacyEvent
+from mcrage.privacy.shared import SharedNoise
 
 
 def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
@@ -20,7 +21,7 @@ def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
         epsilon=privacy.dp_epsilon,
         delta=privacy.dp_delta,
         sample_rate=privacy.dp_sample_rate,
-        steps=config.federation.total_steps,
+        steps=_steps(config),
         also=_counted(config, schema),
     )
     return config.model_copy(update={"privacy": privacy.model_copy(update={"dp_noise_multiplier": noise_multiplier})})
@@ -35,7 +36,8 @@ def planned_events(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent
         mechanism="dp-sgd",
         noise_multiplier=privacy.dp_noise_multiplier,
         sample_rate=privacy.dp_sample_rate,
-        steps=config.federation.total_steps,
+        steps=_steps(config),
+        own_noise=_own_noise(config),
     )
     return (training, *_counted(config, schema))
 
@@ -53,6 +55,25 @@ def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
         return [*lines, "privacy: the noise comes from a seed, so that nothing is protected and nothing is claimed"]
     cost, delta = planned_epsilon(config, schema), config.privacy.dp_delta
     return [*lines, f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run"]
+
+
+def _steps(config: RunConfig) -> int:
+    """Noisy steps that are paid for: with shared noise also those of sums that may stay closed."""
+    spare = config.privacy.dp_spare_rounds if config.privacy.dp_noise == "shared" else 0
+    return config.federation.total_steps + spare
+
+
+def _own_noise(config: RunConfig) -> float:
+    """A site's share of the noise where the fewest sites share it, as a noise multiplier; 0 where none is shared."""
+    privacy = config.privacy
+    if privacy.dp_noise != "shared":
+        return 0.0
+    return SharedNoise(
+        noise_multiplier=privacy.dp_noise_multiplier,
+        max_grad_norm=privacy.dp_max_grad_norm,
+        sites=config.federation.min_sites,
+        colluders=privacy.dp_colluders,
+    ).own_multiplier
 
 
 def _counted(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:

@@ -45,10 +45,12 @@ class Subject:
     Attributes:
         kind: What is asked for.
         server_round: Round, from 1; 0 before the first.
+        attempt: Which request of the round, where answers to one mean nothing to another.
     """
 
     kind: Literal["description", "training", "measurement", "account"]
     server_round: int
+    attempt: int = 0
 
     def __str__(self) -> str:
         return f"the {self.kind} of round {self.server_round}"

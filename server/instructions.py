@@ -1,6 +1,6 @@
 """What the sites are asked in a round, as Flower's messages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -8,7 +8,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 
 from mcrage.config import PrivacyConfig, RunConfig
-from mcrage.messages import EvaluateInstruction, Parameters, TrainInstruction
+from mcrage.messages import EvaluateInstruction, Parameters, SumInstruction, TrainInstruction
+from mcrage.peers import Peer, peers_to_json
 from mcrage.wire import packed
 from server.strategy import RoundGrid, to_record
 
@@ -19,10 +20,11 @@ class Instructions:
     Args:
         config: The settings, with a noise multiplier where there is privacy.
         description: The untrained model.
+        names: Of its parameters, in order.
     """
 
-    def __init__(self, config: RunConfig, description: str) -> None:
-        self._config, self._description = config, description
+    def __init__(self, config: RunConfig, description: str, names: Iterable[str]) -> None:
+        self._config, self.description, self.names = config, description, tuple(names)
 
     def training(
         self, strategy: FedAvg, nodes: Mapping[str, int], *, server_round: int, parameters: Parameters, grid: Grid
@@ -56,6 +58,31 @@ class Instructions:
         by_node = {message.metadata.dst_node_id: message for message in messages}
         return {site: by_node[node_id] for site, node_id in nodes.items()}
 
+    def sum(
+        self,
+        nodes: Mapping[str, int],
+        *,
+        peers: Mapping[str, Peer],
+        server_round: int,
+        attempt: int,
+        parameters: Parameters,
+    ) -> dict[str, Message]:
+        """Instructions for a step that these sites take together, by site: the same for all of them."""
+        privacy = self._config.privacy
+        instruction = SumInstruction(
+            **self._common(),
+            server_round=server_round,
+            attempt=attempt,
+            total_rounds=self._config.federation.num_server_rounds,
+            parameters=parameters,
+            colluders=privacy.dp_colluders,
+            peers=peers_to_json(peers),
+            **_noise(privacy),
+        )
+        wire = packed(instruction.to_wire())
+        content = RecordDict({"config": ConfigRecord(dict(wire.values)), "arrays": to_record(wire.arrays)})
+        return {site: Message(content, node_id, "train.sum") for site, node_id in nodes.items()}
+
     def measurement(self, nodes: Mapping[str, int], *, server_round: int, parameters: Parameters) -> dict[str, Message]:
         """Instructions to measure the model with these parameters on the test patients, by site."""
         privacy = self._config.privacy
@@ -75,7 +102,7 @@ class Instructions:
         return {
             "run": self._config.run,
             "test_fraction": federation.test_fraction,
-            "description": self._description,
+            "description": self.description,
             "seed": federation.seed,
             "dp": privacy.dp,
             "delta": privacy.dp_delta if privacy.dp else 0.0,

@@ -185,6 +185,7 @@ class Roster:
             delta=privacy.dp_delta if privacy.dp else 0.0,
             noise_seed=privacy.dp_noise_seed,
             count_epsilon=privacy.dp_count_epsilon if privacy.dp else 0.0,
+            shares_noise=privacy.dp_noise == "shared",
             histogram_noise=privacy.dp_histogram_noise if privacy.dp and self._config.marginals else 0.0,
         )
         content = RecordDict({"config": ConfigRecord(dict(instruction.to_wire().values))})

@@ -8,14 +8,13 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from mcrage.cddpm import CDDPM
@@ -25,9 +24,9 @@ from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
-from mcrage.errors import CheckpointError, ConfigError, FederationError
+from mcrage.errors import CheckpointError, ConfigError
 from mcrage.memory import require_memory
-from mcrage.messages import Parameters, SiteLoss, SiteScores, SiteUpdate, Wire, counts_from_json, counts_to_json
+from mcrage.messages import Parameters, SiteLoss, SiteScores, Wire, counts_from_json, counts_to_json
 from mcrage.privacy.counts import SCORE_EDGES
 from mcrage.privacy.statement import PrivacyAccount
 from server.accounts import collect_accounts
@@ -35,12 +34,13 @@ from server.budget import planned_epsilon, with_noise
 from server.checkpoints import Checkpoint, CheckpointFolder, one_writer
 from server.exchange import Exchange, Subject
 from server.instructions import Instructions
+from server.local_steps import LocalSteps, Method
 from server.records import MetricsFile as MetricsFile
 from server.records import RoundRecord as RoundRecord
-from server.roster import Roster, call_roll, site_weights, total_counts
+from server.roster import Roster, call_roll, total_counts
+from server.shared_steps import SharedSteps
 from server.status import LiveStatus
-from server.strategy import aggregate, make_strategy, restore_state, state_of
-from server.validation import Replies, check_replies, read_update
+from server.validation import check_replies, in_order
 
 _LOG = logging.getLogger("mcrage.server")
 T = TypeVar("T")
@@ -133,11 +133,10 @@ class RoundLoop:
         out_dir = Path(config.places.out_dir)
         self._checkpoints = CheckpointFolder(out_dir / CHECKPOINTS)
         self._metrics = MetricsFile(out_dir / "metrics.jsonl")
-        self._strategy = make_strategy(config.federation)
         self._state = self._resumed() or self._begun()
-        self._names = list(self._state.parameters)
-        self._instructions = Instructions(self._config, self._state.description)
-        restore_state(self._strategy, self._state.strategy_state, self._names)
+        self._instructions = Instructions(self._config, self._state.description, self._state.parameters)
+        self._method = self._made_method()
+        self._method.restore(self._state.strategy_state)
         self._metrics.restart(self._records())
         self._tell_progress()
 
@@ -152,24 +151,18 @@ class RoundLoop:
         server_round = self.server_round + 1
         self._roster.update(server_round)
         self._count_joiners()
-        replies, instructions = self._collect_updates(server_round)
-        parameters = aggregate(
-            self._strategy,
-            replies.accepted,
-            weights=site_weights(self._site_counts(), self._config.federation.site_weights),
-            instructions=instructions,
-            server_round=server_round,
-        )
+        step = self._method.step(server_round, self._state.parameters, self._site_counts())
+        parameters = step.parameters
         decay = self._config.federation.ema_decay
         average = moved_average(self._state.average, parameters, decay=decay, server_round=server_round)
         measured = self._measured(server_round, average)
         record = RoundRecord(
             server_round=server_round,
-            sites=tuple(replies.accepted),
-            losses={site: update.loss for site, update in replies.accepted.items() if update.loss is not None},
+            sites=step.sites,
+            losses=step.losses,
             held_out={site: reply.loss for site, reply in measured.items() if isinstance(reply, SiteLoss)},
             scores={site: reply.counts.tolist() for site, reply in measured.items() if isinstance(reply, SiteScores)},
-            dropped=replies.dropped,
+            dropped=step.dropped,
             seconds=time.monotonic() - started,
         )
         self._keep(record, parameters, average)
@@ -195,6 +188,12 @@ class RoundLoop:
     def accounts(self) -> Mapping[str, PrivacyAccount]:
         """What the sites' privacy ledgers say, by site; empty without privacy."""
         return collect_accounts(self._config, self._roster) if self._config.privacy.dp else {}
+
+    def _made_method(self) -> Method:
+        """How a round moves the parameters."""
+        if self._config.privacy.dp_noise == "shared":
+            return SharedSteps(self._config, self._roster, self._instructions, self._status)
+        return LocalSteps(self._grid, self._config, self._roster, self._instructions, self._status)
 
     def _site_counts(self) -> dict[str, GroupCounts]:
         return {site: counts_from_json(text, self._roster.schema) for site, text in self._state.site_counts.items()}
@@ -248,69 +247,19 @@ class RoundLoop:
         names = list(CDDPM.from_description(latest.description).parameters())
         parameters, average = ({name: part[name] for name in names} for part in (latest.parameters, latest.average))
         # Who came while nothing ran counts as a joiner; what a site told when it joined stays as it was.
-        site_counts = _by_name(self._described_counts() | dict(latest.site_counts))
+        site_counts = in_order(self._described_counts() | dict(latest.site_counts))
         return replace(latest, parameters=parameters, average=average, site_counts=site_counts)
 
     def _described_counts(self) -> dict[str, str]:
         return {site: counts_to_json(told.group_counts) for site, told in self._roster.descriptions.items()}
 
     def _count_joiners(self) -> None:
-        site_counts = _by_name(self._described_counts() | dict(self._state.site_counts))
+        site_counts = in_order(self._described_counts() | dict(self._state.site_counts))
         self._state = replace(self._state, site_counts=site_counts)
 
     def _fingerprint(self) -> str:
         parts = self._config.run + self._roster.schema.fingerprint
         return hashlib.sha256(parts.encode()).hexdigest()
-
-    def _collect_updates(self, server_round: int) -> tuple[Replies[SiteUpdate], dict[str, Message]]:
-        """Checked updates, the instructions they answer, and who is missing; sites are asked again below quorum."""
-        execution, needed = self._config.execution, self._config.federation.min_sites
-        accepted: dict[str, SiteUpdate] = {}
-        instructions: dict[str, Message] = {}
-        dropped: Mapping[str, str] = {}
-        for attempt in range(1 + execution.quorum_retries):
-            if attempt:
-                self._status.waiting(dropped)
-                self._roster.exchange.pause(execution.quorum_wait_seconds)
-            missing = [site for site in self._roster.nodes if site not in accepted]
-            replies, messages = self._ask_to_train(server_round, missing)
-            accepted |= replies.accepted
-            instructions |= messages
-            dropped = replies.dropped
-            if len(accepted) >= needed:
-                return Replies(_by_name(accepted), dropped), instructions
-        reasons = "".join(f"\n{site}: {reason}" for site, reason in dropped.items())
-        raise FederationError(
-            f"round {server_round}: {len(accepted)} sites answered, {needed} are needed; "
-            f"resume=true goes on after round {server_round - 1}{reasons}"
-        )
-
-    def _ask_to_train(
-        self, server_round: int, sites: Iterable[str]
-    ) -> tuple[Replies[SiteUpdate], Mapping[str, Message]]:
-        """What those of the sites answer that can be asked, or were asked in this round and still work on it."""
-        subject = Subject("training", server_round)
-        standing = self._roster.standing(sites)
-        working = [site for site, other in standing.busy.items() if other == subject]
-        asked = sorted([*standing.free, *working])
-        not_asked = {site: reason for site, reason in standing.reasons.items() if site not in asked}
-        busy = {site: reason for site, reason in not_asked.items() if site in standing.busy}
-        self._status.asking(server_round, asked, busy=busy, absent={**self._roster.absent, **standing.absent})
-        messages = self._instructions.training(
-            self._strategy,
-            {site: self._roster.nodes[site] for site in standing.free},
-            server_round=server_round,
-            parameters=self._state.parameters,
-            grid=self._grid,
-        )
-        sent, max_norm = self._state.parameters, self._config.federation.max_update_norm
-        replies = check_replies(
-            self._roster.exchange.ask(messages, subject),
-            asked=asked,
-            read=partial(read_update, sent=sent, max_norm=max_norm),
-            server_round=server_round,
-        )
-        return Replies(replies.accepted, _by_name(replies.dropped | not_asked)), messages
 
     def _measured(self, server_round: int, average: Parameters) -> Mapping[str, SiteLoss | SiteScores]:
         """What the sites say about the averaged model, in the rounds in which it is measured."""
@@ -336,7 +285,7 @@ class RoundLoop:
             server_round=record.server_round,
             parameters=parameters,
             average=average,
-            strategy_state=state_of(self._strategy, self._names),
+            strategy_state=self._method.state(),
             history=(*self._state.history, asdict(record)),
         )
         self._checkpoints.save(self._state)
@@ -355,10 +304,6 @@ class RoundLoop:
 def _scores_shape(schema: TableSchema) -> tuple[int, int, int]:
     """Groups, labels and score bins of what a site tells about a model."""
     return math.prod(len(column.group_levels) for column in schema.sensitive), 2, len(SCORE_EDGES) - 1
-
-
-def _by_name(by_site: Mapping[str, T]) -> dict[str, T]:
-    return {site: by_site[site] for site in sorted(by_site)}
 
 
 def moved_average(average: Parameters, parameters: Parameters, *, decay: float, server_round: int) -> Parameters:

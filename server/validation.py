@@ -4,7 +4,7 @@ A reply that is not as agreed costs its site the round and nothing else; the rea
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, Generic, TypeVar
@@ -72,7 +72,7 @@ def check_replies(
         except MessageError as error:
             dropped[site] = str(error)
     missing = {site: "did not answer in time" for site in asked if site not in seen}
-    return Replies(_sorted(accepted), _sorted(dropped | missing))
+    return Replies(in_order(accepted), in_order(dropped | missing))
 
 
 def _read(answer: Answer, read: Callable[[Wire], T], server_round: int | None) -> T:
@@ -137,11 +137,11 @@ def read_array(array: Array, name: str) -> NDArray[Any]:
     Nothing that a site wrote is parsed, and no memory is taken on its word.
 
     Raises:
-        MessageError: If it is not a plain array of floats, or is too large.
+        MessageError: If it is not a plain array of these types, or is too large.
     """
     shape, dtype = tuple(array.shape), array.dtype
-    if dtype not in ("float32", "float64") or not all(type(size) is int and size >= 0 for size in shape):
-        raise MessageError(f"array '{name}': expected float32 or float64, got {dtype[:20]!r}")
+    if dtype not in ("float32", "float64", "uint32") or not all(type(size) is int and size >= 0 for size in shape):
+        raise MessageError(f"array '{name}': expected float32, float64 or uint32, got {dtype[:20]!r}")
     num_bytes = np.dtype(dtype).itemsize * math.prod(shape)
     if num_bytes > MAX_ARRAY_BYTES:
         raise MessageError(f"array '{name}': expected at most {MAX_ARRAY_BYTES} bytes, got {shape}")
@@ -154,5 +154,6 @@ def read_array(array: Array, name: str) -> NDArray[Any]:
     return np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape)
 
 
-def _sorted(by_site: dict[str, T]) -> dict[str, T]:
+def in_order(by_site: Mapping[str, T]) -> dict[str, T]:
+    """The same in the order of the sites' names."""
     return {site: by_site[site] for site in sorted(by_site)}

@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
@@ -77,12 +77,30 @@ def _kind(event: PrivacyEvent) -> PrivacyEvent:
     if event.mechanism == "unprotected":
         return PrivacyEvent(mechanism="unprotected")
     rate = float(event.sample_rate) if event.mechanism == "dp-sgd" else 1.0
-    return PrivacyEvent(mechanism=event.mechanism, noise_multiplier=float(event.noise_multiplier), sample_rate=rate)
+    noise, own = float(event.noise_multiplier), float(event.own_noise)
+    return PrivacyEvent(mechanism=event.mechanism, noise_multiplier=noise, sample_rate=rate, own_noise=own)
+
+
+def alone(events: Sequence[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
+    """What is left of the events for whoever breaks the aggregation: of shared noise, the site's own share.
+
+    A share that is too small to be accounted for protects nobody: its event becomes ``unprotected``.
+    """
+    return tuple(map(_alone, events))
+
+
+def _alone(event: PrivacyEvent) -> PrivacyEvent:
+    if not event.own_noise:
+        return event
+    if event.own_noise < SMALLEST_NOISE:
+        return PrivacyEvent(mechanism="unprotected")
+    return replace(event, noise_multiplier=event.own_noise, own_noise=0.0)
 
 
 def epsilon(events: Sequence[PrivacyEvent], *, delta: float) -> float:
     """The epsilon of all events together at ``delta``; infinite if one of them is ``unprotected``.
 
+    Noise that sites share counts whole, as for somebody who sees their sums; :func:`alone` gives the other case.
     A first answer takes about 1.5 seconds, the same events again nothing.
 
     Raises:
@@ -174,7 +192,7 @@ class _Accountant:
         bound = _bound(merged, delta)
         if bound == 0 or math.isinf(bound):
             return bound
-        events = [asdict(event) for event in merged]
+        events = [event.to_dict() for event in merged]
         question = json.dumps({"events": events, "delta": delta, "interval": max(self._finest, _interval(bound))})
         answer = self._ask(question)
         value = answer.get("epsilon")

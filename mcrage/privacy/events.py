@@ -30,12 +30,16 @@ class PrivacyEvent:
             (``discrete-gaussian``), or scale of a count, 1/ε (``discrete-laplace``).
         sample_rate: Probability that a patient is in a step's batch (``dp-sgd``); else 1.
         steps: Noisy steps (``dp-sgd``), or counts that one patient changes.
+        own_noise: Where sites share the noise (``dp-sgd``, :mod:`mcrage.privacy.shared`), the noise multiplier of this
+            site's share alone, which is all that is left against whoever breaks the aggregation; 0 where all of
+            ``noise_multiplier`` is this site's.
     """
 
     mechanism: Mechanism
     noise_multiplier: float = 0.0
     sample_rate: float = 1.0
     steps: int = 1
+    own_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mechanism not in get_args(Mechanism) or type(self.steps) is not int:
@@ -50,6 +54,8 @@ class PrivacyEvent:
             raise PrivacyError(f"sample_rate must lie in (0, {LARGEST_RATE:g}], got {self.sample_rate}")
         if not 1 <= self.steps <= MOST_STEPS:
             raise PrivacyError(f"steps must lie in [1, {MOST_STEPS:,}], got {self.steps}")
+        if self.own_noise and not (is_sgd and 0 < self.own_noise <= self.noise_multiplier):
+            raise PrivacyError("own_noise is a share of the noise of dp-sgd, above 0 and at most all of it")
 
     @property
     def in_words(self) -> str:
@@ -57,7 +63,8 @@ class PrivacyEvent:
         counted = f"{self.steps:,} {'count' if self.steps == 1 else 'counts'} per patient"
         match self.mechanism:
             case "dp-sgd":
-                noise = f"noise multiplier {self.noise_multiplier:g}"
+                shared = f" shared by the sites, {self.own_noise:.3g} of it this site's" if self.own_noise else ""
+                noise = f"noise multiplier {self.noise_multiplier:g}{shared}"
                 return f"{self.steps:,} steps, sample rate {self.sample_rate:g}, {noise}"
             case "discrete-gaussian":
                 return f"{counted} with Gaussian noise of standard deviation {self.noise_multiplier:g}"
@@ -68,7 +75,12 @@ class PrivacyEvent:
 
     def to_json(self) -> str:
         """Canonical text: the same event always gives the same bytes."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, without a share where there is none: as it was written before noise could be shared."""
+        fields = asdict(self)
+        return fields if self.own_noise else {name: fields[name] for name in fields if name != "own_noise"}
 
     @classmethod
     def from_json(cls, text: str) -> "PrivacyEvent":

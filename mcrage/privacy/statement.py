@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mcrage.errors import PrivacyError
-from mcrage.privacy.accounting import epsilon
+from mcrage.privacy.accounting import alone, epsilon
 from mcrage.privacy.events import PrivacyEvent
 
 _TOLERANCE = 0.01
@@ -121,7 +121,17 @@ def statement(account: PrivacyAccount, *, who: str = "") -> str:
     if abs(recomputed - account.epsilon) > _TOLERANCE:
         raise PrivacyError(f"site {account.site}: its events cost {recomputed:.3f}, not {account.epsilon:.3f}")
     subject = f"Each of {who}" if who else f"Site {account.site}"
-    return _STATEMENT.format(subject=subject, account=account, public=_public(account.events))
+    told = {"subject": subject, "account": account, "public": _public(account.events)}
+    if not any(event.own_noise for event in account.events):
+        return _STATEMENT.format(**told, adversary=_ALL_MESSAGES, several=_SEVERAL, broken="")
+    return _STATEMENT.format(**told, adversary=_SUMS, several=_SEVERAL_SHARED, broken=_broken(account))
+
+
+def _broken(account: PrivacyAccount) -> str:
+    """What is left of a guarantee that rests on shared noise once the aggregation is broken."""
+    left = epsilon(alone(account.events), delta=account.delta)
+    provided = f"it provides ({left:.2f}, {account.delta:g})-differential privacy" if math.isfinite(left) else _NOTHING
+    return _BROKEN.format(provided=provided)
 
 
 def statements(accounts: Iterable[PrivacyAccount]) -> dict[tuple[str, ...], str]:
@@ -148,7 +158,7 @@ def _public(events: Sequence[PrivacyEvent]) -> str:
         return "no training"
     return "; ".join(
         f"{event.steps:,} steps with sampling probability {event.sample_rate:g} and noise multiplier "
-        f"{event.noise_multiplier:g}"
+        f"{event.noise_multiplier:g}{' shared by the sites' if event.own_noise else ''}"
         for event in trained
     )
 
@@ -156,11 +166,30 @@ def _public(events: Sequence[PrivacyEvent]) -> str:
 _STATEMENT = (
     "{subject} provides ({account.epsilon:.2f}, {account.delta:g})-differential privacy at patient level, "
     "where neighbouring tables differ by one patient with all rows, added or removed, against an adversary who sees "
+    "{adversary}. {broken}This is the total of the site's ledger since {account.since}, computed by "
+    "{account.accountant} from the recorded events. {several} is claimed. Treated as public: the schema, the clipping "
+    "norm, {public}, the site's taking part, and its declared {account.declared_patients:,} patients. Not covered: "
+    "sites without privacy, the timing of replies, and whether a table can be read at all."
+)
+_ALL_MESSAGES = (
     "every message of the site in all rounds and runs, the final model and any amount of synthetic rows, including the "
-    "server and all other sites. This is the total of the site's ledger since {account.since}, computed by "
-    "{account.accountant} from the recorded events. A patient treated at several sites is protected by at most the sum "
-    "of those sites' epsilons. No amplification by sampling of sites, by secure aggregation, by shuffling or by hidden "
-    "iterates is claimed. Treated as public: the schema, the clipping norm, {public}, the site's taking part, and its "
-    "declared {account.declared_patients:,} patients. Not covered: sites without privacy, the timing of replies, and "
-    "whether a table can be read at all."
+    "server and all other sites"
+)
+_SEVERAL = (
+    "A patient treated at several sites is protected by at most the sum of those sites' epsilons. No amplification by "
+    "sampling of sites, by secure aggregation, by shuffling or by hidden iterates"
+)
+_SUMS = (
+    "the sum of the sites' masked messages in every step with shared noise, every other message of the site, the final "
+    "model and any amount of synthetic rows: the public, the server, and as many of the other sites together as the "
+    "run's dp-colluders says"
+)
+_BROKEN = (
+    "Against more sites than that together, the server among them or not, and against whoever breaks the cryptography "
+    "of the masks, {provided}. "
+)
+_NOTHING = "nothing is claimed"
+_SEVERAL_SHARED = (
+    "A patient treated at several sites that share the noise is not covered. No amplification by sampling of sites, by "
+    "shuffling or by hidden iterates"
 )

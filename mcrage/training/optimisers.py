@@ -3,9 +3,12 @@
 Shape: all parameters of a part of the network are one vector.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mcrage.diffusion.network import RowNetwork
 
@@ -57,16 +60,13 @@ class Optimisers:
 
     def __init__(self, network: RowNetwork, config: TrainingConfig) -> None:
         self._config = config
-        self.denoiser = Flat(network.denoiser)
-        self.parts = [self.denoiser]
+        self.parts = flat_parts(network)
+        self.denoiser, *of_label = self.parts
         self._optimisers = [(_adam(self.denoiser, config.weight_decay), config.learning_rate)]
-        if network.label is not None:
-            self.parts.append(Flat(network.label.weights))
-            self._optimisers.append(_descent(self.parts[-1], config))
-            if network.label.interactions is not None:
-                self.parts.append(Flat(network.label.interactions))
-                adam = _adam(self.parts[-1], config.interaction_decay)
-                self._optimisers.append((adam, config.interaction_learning_rate))
+        if of_label:
+            self._optimisers.append(_descent(of_label[0], config))
+        if of_label[1:]:
+            self._optimisers.append((_adam(of_label[1], config.interaction_decay), config.interaction_learning_rate))
 
     def zero(self) -> None:
         """Forgets all gradients."""
@@ -78,6 +78,33 @@ class Optimisers:
         for optimiser, highest in self._optimisers:
             optimiser.param_groups[0]["lr"] = highest * self._config.rate(step)
             optimiser.step()
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """What the next step depends on besides parameters and gradients, as float32 arrays by name."""
+        return {
+            f"{number}/{name}": np.array(value.numpy())
+            for number, (optimiser, _) in enumerate(self._optimisers)
+            for name, value in optimiser.state_dict()["state"].get(0, {}).items()
+        }
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Goes on from what :meth:`state` gave."""
+        for number, (optimiser, _) in enumerate(self._optimisers):
+            prefix = f"{number}/"
+            own = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+            tensors = {name: torch.from_numpy(np.array(array)) for name, array in own.items()}
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": {0: tensors} if tensors else {}, "param_groups": groups})
+
+
+def flat_parts(network: RowNetwork) -> "list[Flat]":
+    """The parts of a network, each in one vector: the denoiser, then of the label model the weights and the rest."""
+    parts = [Flat(network.denoiser)]
+    if network.label is not None:
+        parts.append(Flat(network.label.weights))
+        if network.label.interactions is not None:
+            parts.append(Flat(network.label.interactions))
+    return parts
 
 
 class Flat:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mcrage.config import RunConfig
+from mcrage.config import RunConfig, Scalar
 from mcrage.errors import ConfigError
 
 
@@ -144,3 +144,26 @@ def test_rounds_are_measured_as_fixed_before_the_first_one() -> None:
     assert RunConfig.parse(private).measured_rounds() == ()
     assert RunConfig.parse(private | {"dp-score-epsilon": 0.5}).measured_rounds() == (10, 20, 25)
     assert not RunConfig.parse(private | {"dp-histogram-noise": 0}).marginals
+
+
+SHARED = {"dp": True, "dp-epsilon": 8.0, "dp-noise": "shared", "local-steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dp": False, "dp-epsilon": 0.0}, "dp-noise: there is no noise to share; set dp=true"),
+        ({"local-steps": 30}, "local-steps: with dp-noise=shared every round is one step of the server; set it to 1"),
+        ({"strategy": "fedadam"}, "strategy: fedadam would have to see each site's update; leave it out"),
+        ({"strategy": "krum", "min-sites": 5}, "strategy: krum would have to see each site's update; leave it out"),
+        ({"max-update-norm": 5.0}, "max-update-norm: nobody sees a site's update with dp-noise=shared; set it to 0"),
+        ({"site-weights": "counts"}, "site-weights: with dp-noise=shared every patient counts the same"),
+        ({"dp-colluders": 2}, "min-sites: of 2 sites 2 may collude; ask for more"),
+    ],
+)
+def test_what_does_not_go_with_sums_that_nobody_can_look_into_is_refused(changes: dict[str, Scalar], told: str) -> None:
+    RunConfig.parse(SHARED)
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.parse(SHARED | changes)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(told)

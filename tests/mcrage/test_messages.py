@@ -67,8 +67,17 @@ def description(schema: TableSchema, *, with_marginals: bool = True) -> SiteDesc
 def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) -> None:
     fields = {kind.__name__: sorted(kind.model_fields) for kind in (*get_args(Outgoing), SiteError)}
     assert fields == {
-        "SiteDescription": ["group_counts", "marginals", "schema_fingerprint", "schema_text", "site", "versions"],
+        "SiteDescription": [
+            "group_counts",
+            "marginals",
+            "mask_key",
+            "schema_fingerprint",
+            "schema_text",
+            "site",
+            "versions",
+        ],
         "SiteUpdate": ["loss", "parameters", "server_round"],
+        "SiteSum": ["server_round", "words"],
         "SiteLoss": ["loss", "server_round"],
         "SiteScores": ["counts", "server_round"],
         "SiteAccount": ["account"],
@@ -77,6 +86,7 @@ def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) ->
     assert sorted(description(tiny_schema).to_wire().values) == [
         "group-counts",
         "has-marginals",
+        "mask-key",
         "schema-fingerprint",
         "schema-text",
         "site",

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mcrage.config import RunConfig
+from mcrage.config import RunConfig, Scalar
 from mcrage.data.schema import TableSchema
 from mcrage.errors import PrivacyError
 from mcrage.privacy.accounting import epsilon
@@ -13,7 +13,7 @@ PRIVATE = {"dp": True, "dp-epsilon": 3.0, "dp-score-epsilon": 0.25, "dp-sample-r
 
 @pytest.fixture
 def private() -> Callable[..., RunConfig]:
-    def make(**changes: float) -> RunConfig:
+    def make(**changes: Scalar) -> RunConfig:
         return RunConfig.parse(PRIVATE | {name.replace("_", "-"): value for name, value in changes.items()})
 
     return make
@@ -60,3 +60,15 @@ def test_the_plan_says_what_a_run_would_cost(private: Callable[..., RunConfig], 
     assert lines[0].startswith("privacy: 600 steps, sample rate 0.2, noise multiplier ")
     assert "nothing is claimed" in plan_lines(private(dp_noise_seed=1), tiny_schema)[-1]
     assert planned_events(RunConfig(), tiny_schema)[0].mechanism == "unprotected"
+
+
+def test_with_shared_noise_the_plan_pays_for_sums_that_may_stay_closed_and_tells_the_share(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema
+) -> None:
+    shared = {"dp_noise": "shared", "local_steps": 1, "min_sites": 5, "dp_spare_rounds": 3}
+    config = with_noise(private(**shared), tiny_schema)
+    training = planned_events(config, tiny_schema)[0]
+    assert training.steps == 23
+    assert training.own_noise == pytest.approx(training.noise_multiplier / 2)
+    assert 2.9 < planned_epsilon(config, tiny_schema) <= 3.0
+    assert "shared by the sites" in plan_lines(config, tiny_schema)[0]

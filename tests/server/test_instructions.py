@@ -24,7 +24,7 @@ def received(message: object) -> Wire:
 def test_every_site_is_sent_the_parameters_and_what_to_do_with_them(strategy: StrategyName) -> None:
     config = RunConfig.parse({"strategy": strategy, "local-steps": 7})
     grid = InProcessGrid(lambda message, context: message, [{}, {}, {}], config)
-    messages = Instructions(config, "{}").training(
+    messages = Instructions(config, "{}", PARAMETERS).training(
         make_strategy(config.federation), NODES, server_round=3, parameters=PARAMETERS, grid=grid
     )
     assert {site: message.metadata.dst_node_id for site, message in messages.items()} == NODES
@@ -40,7 +40,7 @@ def test_every_site_is_sent_the_parameters_and_what_to_do_with_them(strategy: St
 
 def test_where_nobody_is_asked_no_strategy_waits_for_a_node() -> None:
     grid = InProcessGrid(lambda message, context: message, [], RunConfig())
-    instructions = Instructions(RunConfig(), "{}")
+    instructions = Instructions(RunConfig(), "{}", PARAMETERS)
     strategy = make_strategy(RunConfig().federation)
     assert instructions.training(strategy, {}, server_round=1, parameters=PARAMETERS, grid=grid) == {}
 
@@ -50,7 +50,7 @@ def test_a_measurement_says_how_noisy_it_has_to_be(dp: bool, tiny_config: Callab
     noise = {"dp": True, "dp_noise_multiplier": 1.0, "dp_score_epsilon": 0.5} if dp else {}
     config = tiny_config(**noise)
     InProcessGrid(lambda message, context: message, [], config)
-    messages = Instructions(config, "{}").measurement(NODES, server_round=2, parameters=PARAMETERS)
+    messages = Instructions(config, "{}", PARAMETERS).measurement(NODES, server_round=2, parameters=PARAMETERS)
     assert {site: message.metadata.message_type for site, message in messages.items()} == dict.fromkeys(
         NODES, "evaluate"
     )

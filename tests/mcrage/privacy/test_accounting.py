@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from scipy.stats import binom
 from mcrage.errors import PrivacyError
 from mcrage.privacy import accounting, pld
 from mcrage.privacy.accounting import (
+    alone,
     calibrate_noise_multiplier,
     costs_at_most,
     default_delta,
@@ -369,3 +371,30 @@ def test_the_default_delta_is_far_below_one_in_the_number_of_patients() -> None:
     assert default_delta(50_000) == pytest.approx(2e-6)
     with pytest.raises(PrivacyError, match="patients must be at least 1"):
         default_delta(0)
+
+
+def test_shared_noise_costs_as_a_whole_what_the_same_noise_of_one_site_does_and_alone_what_the_share_does() -> None:
+    whole = PrivacyEvent(mechanism="dp-sgd", noise_multiplier=2.0, sample_rate=0.1, steps=50)
+    shared = replace(whole, own_noise=0.7)
+    assert epsilon([shared], delta=1e-5) == epsilon([whole], delta=1e-5)
+    assert alone([shared, whole]) == (replace(whole, noise_multiplier=0.7), whole)
+    assert alone([replace(shared, own_noise=0.2)]) == (PrivacyEvent(mechanism="unprotected"),)
+    assert len(merge([shared, whole, shared])) == 2, "a share is not forgotten when events are merged"
+    assert merge([shared, shared]) == (replace(shared, steps=100),)
+
+
+def test_an_event_is_written_as_before_unless_its_noise_is_shared() -> None:
+    whole = PrivacyEvent(mechanism="dp-sgd", noise_multiplier=2.0, sample_rate=0.1, steps=50)
+    assert whole.to_json() == '{"mechanism": "dp-sgd", "noise_multiplier": 2.0, "sample_rate": 0.1, "steps": 50}'
+    assert PrivacyEvent.from_json(whole.to_json()) == whole
+    shared = replace(whole, own_noise=0.7)
+    assert PrivacyEvent.from_json(shared.to_json()) == shared
+    assert shared.in_words == "50 steps, sample rate 0.1, noise multiplier 2 shared by the sites, 0.7 of it this site's"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"own_noise": -0.1}, {"own_noise": 2.1}, {"mechanism": "discrete-gaussian", "own_noise": 0.5}]
+)
+def test_a_share_is_a_part_of_the_noise_of_training(changes: dict[str, Any]) -> None:
+    with pytest.raises(PrivacyError, match="own_noise"):
+        PrivacyEvent(**({"mechanism": "dp-sgd", "noise_multiplier": 2.0, "sample_rate": 0.1} | changes))

@@ -98,7 +98,7 @@ def test_a_report_is_json_even_where_a_number_has_no_bound() -> None:
     assert content["signal"]["value"] is None
     assert content["failed"] == ["bound", "signal", "noise"]
     assert content["events"] == [
-        {"mechanism": "dp-sgd", "noise_multiplier": NOISE, "sample_rate": RATE, "steps": STEPS}
+        {"mechanism": "dp-sgd", "noise_multiplier": NOISE, "sample_rate": RATE, "steps": STEPS, "own_noise": 0.0}
     ]
 
 

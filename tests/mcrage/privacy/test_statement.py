@@ -105,3 +105,38 @@ def test_what_is_no_account_is_refused(text: str) -> None:
 def test_a_name_of_any_length_is_not_taken() -> None:
     with pytest.raises(PrivacyError, match="too long"):
         PrivacyAccount.from_json(replace(ACCOUNT, site="x" * 1000).to_json())
+
+
+SHARED = (replace(EVENTS[0], own_noise=1.0), EVENTS[1])
+
+
+def test_with_shared_noise_both_adversaries_are_named_with_their_numbers() -> None:
+    text = statement(replace(ACCOUNT, events=SHARED))
+    broken = epsilon((replace(EVENTS[0], noise_multiplier=1.0), EVENTS[1]), delta=1e-5)
+    assert broken > 2 * ACCOUNT.epsilon
+    for part in (
+        f"provides ({ACCOUNT.epsilon:.2f}, 1e-05)-differential privacy",
+        "the sum of the sites' masked messages in every step with shared noise",
+        "as many of the other sites together as the run's dp-colluders says",
+        f"whoever breaks the cryptography of the masks, it provides ({broken:.2f}, 1e-05)-differential privacy.",
+        "noise multiplier 2 shared by the sites",
+        "A patient treated at several sites that share the noise is not covered",
+    ):
+        assert part in text
+    for claim in (
+        "every message of the site in all rounds",
+        "by secure aggregation",
+        "at most the sum of those sites'",
+    ):
+        assert claim not in text
+
+
+def test_of_a_share_that_is_too_small_nothing_is_claimed() -> None:
+    tiny = (replace(EVENTS[0], own_noise=0.1), EVENTS[1])
+    text = statement(replace(ACCOUNT, events=tiny))
+    assert "whoever breaks the cryptography of the masks, nothing is claimed." in text
+
+
+def test_the_words_for_noise_of_a_sites_own_stand_over_no_shared_noise() -> None:
+    account = replace(ACCOUNT, events=(EVENTS[0], *SHARED), epsilon=epsilon((EVENTS[0], *SHARED), delta=1e-5))
+    assert "every message of the site in all rounds" not in statement(account)

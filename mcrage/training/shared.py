@@ -1,0 +1,62 @@
+"""A step that all sites take together: their noisy sums, and the optimiser that moves the model by them."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mcrage.diffusion.network import RowNetwork
+from mcrage.diffusion.tabular import TabularDiffusion
+from mcrage.privacy.noise import GaussianNoise
+from mcrage.privacy.shared import SharedNoise
+from mcrage.training.optimisers import Optimisers, flat_parts
+from mcrage.training.private import DPSGDConfig, PatientGradients, PatientRows, RoundKeys
+
+
+def noisy_sum(
+    network: RowNetwork,
+    diffusion: TabularDiffusion,
+    rows: PatientRows,
+    *,
+    privacy: DPSGDConfig,
+    shared: SharedNoise,
+    keys: RoundKeys,
+    step: int,
+) -> NDArray[np.int64]:
+    """A site's part of a step: the clipped gradients of its patients and its share of the noise, on the lattice.
+
+    *Guarantee*: :class:`~mcrage.privacy.shared.SharedNoise`, for whoever sees the sum over all sites.
+
+    Args:
+        network: Its parameters stay.
+        diffusion: Loss of its denoiser.
+        rows: Of the site's patients.
+        privacy: Sampling and clipping; the noise is that of ``shared``.
+        shared: The noise.
+        keys: Of this request.
+        step: Global number of the step.
+
+    Returns:
+        Steps of the lattice, one per parameter, in the order of :func:`~mcrage.training.optimisers.flat_parts`.
+    """
+    parts = flat_parts(network)
+    for part in parts:
+        part.gradient.zero_()
+    gradients = PatientGradients(network, diffusion, rows, privacy=privacy, key=keys.sampling)
+    try:
+        gradients.add(step)
+    finally:
+        gradients.close()
+    return shared.share(torch.cat([part.gradient for part in parts]), GaussianNoise(keys.noise))
+
+
+def num_gradients(network: RowNetwork) -> int:
+    """How many numbers a site's part has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def descend(optimisers: Optimisers, mean_gradient: torch.Tensor, *, step: int) -> None:
+    """Moves a network by a gradient in the order of :func:`noisy_sum`."""
+    sizes = [len(part.gradient) for part in optimisers.parts]
+    for part, gradient in zip(optimisers.parts, torch.split(mean_gradient, sizes), strict=True):
+        part.gradient.copy_(gradient)
+    optimisers.step(step)
