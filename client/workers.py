@@ -4,6 +4,7 @@ The lock on the private folder is opened once and passed on to every worker. It 
 of its workers have ended, so that no other daemon's worker ever meets one of these.
 """
 
+import errno
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from client.frames import read_frame, write_frame
@@ -96,13 +98,17 @@ class Workers:
         try:
             self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise ConfigError(f"'{path}' cannot be used: {error.strerror}") from None
+            raise _unusable(path, error) from None
         self._lock: int | None = None
         self._reserve: Worker | None = None
         self._by_run: dict[int, Worker] = {}
 
     def warm(self) -> None:
-        """Starts a worker while there is nothing to do, if none is there."""
+        """Starts a worker while there is nothing to do, if none is there.
+
+        Raises:
+            ConfigError: If the lock on the data cannot be used.
+        """
         self._forget_the_dead()
         if not self._by_run and self._reserve is None:
             self._reserve = self._new()
@@ -115,6 +121,9 @@ class Workers:
             header: Of the frame.
             payload: The instruction.
             is_over: Asked now and then; another code than 0 ends the waiting and the worker.
+
+        Raises:
+            ConfigError: If the lock on the data cannot be used.
         """
         self._forget_the_dead()
         worker = self._by_run.pop(run_id, None)
@@ -150,10 +159,19 @@ class Workers:
     def _new(self) -> Worker | None:
         """None where another process works on the data."""
         if self._lock is None:
-            self._lock = lock_file(self._settings.site.private / TRAINER_LOCK)
+            path = self._settings.site.private / TRAINER_LOCK
+            try:
+                self._lock = lock_file(path)
+            except OSError as error:
+                raise _unusable(path, error) from None
         if self._lock is None:
             return None
         return Worker(self._settings, log=self._log, lock=self._lock)
+
+
+def _unusable(path: Path, error: OSError) -> ConfigError:
+    text = "it is a link, where the file itself is needed" if error.errno == errno.ELOOP else error.strerror
+    return ConfigError(f"'{path}' cannot be used: {text}")
 
 
 def _write(stream: Any, header: dict[str, Any], payload: bytes) -> None:

@@ -358,15 +358,34 @@ def test_the_secret_is_long_and_closed_to_others(tmp_path: Path) -> None:
 def test_a_debug_log_that_leads_elsewhere_is_refused(site: NewSite, tmp_path: Path) -> None:
     settings = site()
     (settings.site.private / DEBUG_LOG).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"debug\.log' cannot be used: .*symbolic links"):
+    with pytest.raises(ConfigError, match=r"debug\.log' cannot be used: it is a link"):
         Runner(settings)
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_program_ends_with_code_2_and_a_line_where_it_cannot_work(site: NewSite) -> None:
-    settings = site()
+def an_open_secret(settings: SiteSettings) -> str:
     settings.daemon.secret.chmod(0o644)
+    return f"'{settings.daemon.secret}' must have at least 32 bytes and be closed to others: chmod 640"
+
+
+def a_linked_lock(settings: SiteSettings) -> str:
+    path = settings.site.private / TRAINER_LOCK
+    path.symlink_to("elsewhere")
+    return f"'{path}' cannot be used: it is a link, where the file itself is needed"
+
+
+def a_folder_for_a_lock(settings: SiteSettings) -> str:
+    path = settings.site.private / TRAINER_LOCK
+    path.mkdir()
+    return f"'{path}' cannot be used: Is a directory"
+
+
+@pytest.mark.parametrize("break_it", [an_open_secret, a_linked_lock, a_folder_for_a_lock])
+def test_the_program_ends_with_code_2_and_a_line_where_it_cannot_work(
+    site: NewSite, break_it: Callable[[SiteSettings], str]
+) -> None:
+    settings = site()
+    line = break_it(settings)
     command = [sys.executable, "-m", "client.runner", str(settings.file)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=INSTALLED, timeout=60)
-    line = f"'{settings.daemon.secret}' must have at least 32 bytes and be closed to others: chmod 640\n"
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"{line}\n")

@@ -16,6 +16,7 @@ from client.places import TRAINER_LOCK
 from client.settings import SiteSettings
 from client.worker import from_message, to_message
 from client.workers import Failure, Workers
+from mcrage.errors import ConfigError
 from mcrage.files import lock_file
 from mcrage.refusals import BUSY, ENDED, TOO_LONG
 
@@ -106,6 +107,21 @@ def test_while_another_daemon_has_the_data_nothing_is_started(workers: Workers, 
     os.close(lock)
     assert isinstance(asked(workers, 1), bytes)
     assert lock_file(settings.site.private / TRAINER_LOCK) is None, "now these have it"
+
+
+def test_a_lock_that_this_user_may_not_write_is_told_in_a_line(workers: Workers, settings: SiteSettings) -> None:
+    path = settings.site.private / TRAINER_LOCK
+    path.touch()
+    path.chmod(0o400)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(12_345)  # root may write everything
+        with pytest.raises(ConfigError) as told:
+            workers.warm()
+    finally:
+        os.seteuid(user)
+    assert str(told.value) == f"'{path}' cannot be used: Permission denied"
 
 
 def test_the_data_are_free_only_when_the_last_worker_of_a_killed_daemon_is_gone(settings: SiteSettings) -> None:
