@@ -14,20 +14,17 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import getproxies_environment
 
 import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as forms
 
+from client.findings import ASK, Line
 from client.settings import ServerSection, SiteSettings
 from mcrage.errors import ConfigError
 from mcrage.pki import CertificateInfo, describe, read_pem, verify
-
-Level = Literal["ok", "note", "problem"]
-Line = tuple[Level, str, str]
-"""How good or bad it is, what is so, and what to do."""
 
 SECONDS = 10.0
 """After so long the server counts as one that cannot be reached, whatever takes the time."""
@@ -53,7 +50,7 @@ _FAULTS = (
         "its certificate has expired",
         "If this machine's clock is right, tell the coordinator to renew it.",
     ),
-    ("verify", "its certificate is refused", "Show this line to the coordinator."),
+    ("verify", "its certificate is refused", ASK),
     (
         "ALERT_.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED|DECRYPT_ERROR)",
         "it does not accept this site's certificate",

@@ -19,8 +19,9 @@ import flwr
 import pytest
 
 from client.bundles import Approvals, Bundle, installed_files
-from client.check import Finding, examine
+from client.check import examine
 from client.enrolment import enrol
+from client.findings import Finding
 from client.journal import Journal
 from client.places import LEDGER, POLICY, SECRET, WITNESS
 from client.policy import DataRules, PrivacyRules, SitePolicy

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from client import reach
-from client.check import Finding, examine
+from client.check import examine
 from client.enrolment import enrol
+from client.findings import Finding
 from client.settings import SiteSettings
 from mcrage.pki import Authority, site_request
 

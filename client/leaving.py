@@ -1,0 +1,79 @@
+"""What may leave a hospital by its policy, in words for a data protection officer.
+
+A part of the doctor (:mod:`client.check`).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from client.findings import Line
+from client.holdings import allowed
+from client.settings import SiteSettings
+from mcrage.data.schema import TableSchema
+from mcrage.errors import RefusedError, SchemaError
+
+if TYPE_CHECKING:  # what needs torch is imported by the checks: that it is missing has to be told as well
+    from client.policy import SitePolicy
+
+
+def leaving_lines(settings: SiteSettings) -> Iterator[Line]:
+    """A line for each kind of thing that may leave, and how."""
+    try:
+        schema = TableSchema.load(settings.site.schema_file)
+        policy = allowed(settings)
+    except (SchemaError, RefusedError):
+        yield "note", "nothing: it takes a valid policy and a valid data dictionary", ""
+        return
+    for text in _leaving(policy, schema):
+        yield "note", text, ""
+
+
+def _leaving(policy: "SitePolicy", schema: TableSchema) -> list[str]:
+    privacy, data = policy.privacy, policy.data
+    may_be_exact, may_train = not privacy.required, "train" in data.tasks
+    modelled = [column.name for column in schema.modelled]
+    closed = [name for name in modelled if data.allowed_columns and name not in data.allowed_columns]
+    always = "in every run: the data dictionary, versions of programs, what the ledger says, codes of errors"
+    if closed:
+        return [always, f"nothing else: the policy does not allow the column {', '.join(closed)}"]
+    counts, histograms = (partial(_may_describe, policy, schema, marginals=each) for each in (False, True))
+    has_loss = may_be_exact and data.release_loss and {"train", "evaluate"} & {*data.tasks}
+    return [
+        always,
+        f"numbers of patients by group, none from 1 to {data.minimum_cell - 1}: "
+        + _ways(f"epsilon at most {privacy.max_count_epsilon:g}", counts(dp=True), counts(dp=False)),
+        "histograms of single columns: "
+        + _ways(f"at least {privacy.min_histogram_noise:g} on each bar", histograms(dp=True), histograms(dp=False)),
+        "parameters of the model: "
+        + _ways(
+            f"at least {privacy.min_noise_multiplier:g} times what one patient can change in a step",
+            may_train and privacy.declared_patients > 0,
+            may_train and may_be_exact,
+        ),
+        "mean losses: " + ("as they are" if has_loss else "never"),
+        "scores of test patients, counted: "
+        + _ways(f"epsilon at most {privacy.max_score_epsilon:g}", "evaluate" in data.tasks, False),
+        f"with noise, all together: epsilon at most {privacy.max_epsilon_run:g} a run and "
+        f"{privacy.max_epsilon_total:g} for ever, delta {policy.delta:.2g}, {privacy.max_releases:,} releases",
+        f"{len(modelled)} columns are modelled: {', '.join(modelled[:20])}{', ...' if len(modelled) > 20 else ''}",
+    ]
+
+
+def _ways(noise: str, has_noise: bool, is_exact: bool) -> str:
+    return " or ".join([f"with noise ({noise})"] * has_noise + ["as they are"] * is_exact) or "never"
+
+
+def _may_describe(policy: "SitePolicy", schema: TableSchema, *, marginals: bool, dp: bool) -> bool:
+    """Whether the policy, which is asked itself, allows counts or histograms."""
+    from mcrage.messages import DescribeInstruction
+
+    asked = {"run": "0" * 64, "test_fraction": policy.data.min_test_fraction, "marginals": marginals, "dp": dp}
+    rules = policy.privacy
+    noise = {"histogram_noise": rules.min_histogram_noise} if marginals else {}
+    protected = {"delta": policy.delta, "count_epsilon": rules.max_count_epsilon} | noise if dp else {}
+    try:
+        policy.check(DescribeInstruction.model_validate(asked | protected), schema)
+    except RefusedError:
+        return False
+    return True
