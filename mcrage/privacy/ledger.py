@@ -30,6 +30,7 @@ from mcrage.privacy.store import (
     digest,
     identity,
     in_words,
+    is_there,
     read_format,
     sync_folder,
     write_schema,
@@ -377,7 +378,7 @@ def _charge(row: Sequence[Any], *, is_new: bool = False) -> Charge:
 
 
 def _check_presence(path: Path, witness: Path) -> None:
-    has_ledger, has_witness = os.path.lexists(path), os.path.lexists(witness)
+    has_ledger, has_witness = is_there(path), is_there(witness)
     if not has_ledger and not has_witness:
         raise LedgerError(f"{path}: there is no ledger; make one with: mcrage budget init {path} --witness {witness}")
     if not has_ledger:

@@ -115,6 +115,17 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name; raises a LedgerError where this user may not look."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}") from None
+    return True
+
+
 def check_places(path: Path, witness: Path) -> None:
     """Raises a LedgerError if the two would be lost together, or the ledger's lock would not hold."""
     if path.parent.resolve() == witness.parent.resolve():

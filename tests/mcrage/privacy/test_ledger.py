@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -61,6 +62,21 @@ def test_a_retry_is_free_even_when_nothing_is_left(ledger: PrivacyLedger) -> Non
     assert not again.is_new
     assert (again.sequence, again.hash, again.time) == (first.sequence, first.hash, first.time)
     assert len(ledger.rows) == 1
+
+
+@pytest.mark.usefixtures("ledger")
+def test_a_ledger_that_this_user_may_not_look_at_is_not_called_missing(places: tuple[Path, Path]) -> None:
+    user, folder = os.geteuid(), places[0].parent
+    folder.chmod(0o000)
+    try:
+        if user == 0:
+            os.seteuid(12_345)  # root may look everywhere
+        with pytest.raises(LedgerError) as told:
+            PrivacyLedger.open(places[0], witness=places[1])
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+    assert str(told.value) == f"{places[0]}: Permission denied"
 
 
 def test_a_key_stands_for_one_request(ledger: PrivacyLedger) -> None:
