@@ -11,14 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import mcrage
 from client.bundles import Approvals, Bundle
 from client.findings import ASK, INSTALL, Finding, Level, Line, contained
 from client.holdings import ledger_lines, log_lines, policy_lines, secret_lines, table_lines
 from client.leaving import leaving_lines
+from client.places import JOURNAL, LEDGER, POLICY, SECRET, WITNESS
 from client.reach import certificate_lines, key_lines, server_lines
-from client.rights import file_lines
+from client.rights import NOT_READABLE, USER, barred, file_lines
 from client.settings import SiteSettings
 
 _LOW_DISK, _LITTLE_DISK = 2 * 10**8, 10**9
@@ -34,12 +36,37 @@ def examine(settings: SiteSettings, *, offline: bool) -> list[Finding]:
     if os.name != "posix":
         text = f"this is {sys.platform}, where the rights of files are not those that the daemon relies on"
         return [Finding("system", "problem", text, "Run the daemon on Linux.")]
-    found = [each for area, check, remedy in _CHECKS for each in contained(area, partial(check, settings), remedy)]
+    found = [each for area, check, remedy in _CHECKS for each in _looked_at(settings, area, check, remedy)]
     if not offline:
         are_keys_right = not any(each.is_problem and each.area in ("files", "keys") for each in found)
         ask = partial(server_lines, settings, are_keys_right=are_keys_right)
         found += contained("server", ask, ASK)
     return found
+
+
+def _looked_at(
+    settings: SiteSettings, area: str, check: Callable[[SiteSettings], Iterator[Line]], remedy: str
+) -> Iterator[Finding]:
+    """What a check finds; of what this user may not look at, that alone is said."""
+    used = [(path, barred(path, need)) for path, need in _used(settings).get(area, ())]
+    for path, closed in used:
+        if closed:
+            yield Finding(area, "problem", f"'{path}' {closed}", USER)
+    if NOT_READABLE not in (closed for _, closed in used):
+        yield from contained(area, partial(check, settings), remedy)
+
+
+def _used(settings: SiteSettings) -> dict[str, tuple[tuple[Path, int], ...]]:
+    """What a check looks into, and what the daemon does there; of ``files`` and ``keys``, they say it themselves."""
+    site, private, reads, writes = settings.site, settings.site.private, os.R_OK, os.R_OK | os.W_OK
+    return {
+        "approvals": ((settings.daemon.approved, reads),),
+        "policy": ((private / POLICY, reads),),
+        "ledger": ((private / LEDGER, writes), (private / WITNESS, reads)),
+        "secret": ((private / SECRET, reads),),
+        "table": ((site.schema_file, reads), (site.data, reads)),
+        "log": ((private / JOURNAL, writes),),
+    }
 
 
 def _versions(_settings: SiteSettings) -> Iterator[Line]:
@@ -74,7 +101,7 @@ def _approvals(settings: SiteSettings) -> Iterator[Line]:
 
 def _disk(settings: SiteSettings) -> Iterator[Line]:
     private = settings.site.private
-    folder = next(folder for folder in (private, *private.parents) if folder.exists())
+    folder = next(folder for folder in (private, *private.parents) if os.path.exists(folder))
     free = shutil.disk_usage(folder).free
     level: Level = "ok" if free >= _LITTLE_DISK else "note" if free >= _LOW_DISK else "problem"
     yield level, f"{free / 10**9:.1f} GB are free at '{folder}'", "" if level == "ok" else "Make room there."

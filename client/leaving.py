@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from client.findings import Line
 from client.holdings import allowed
+from client.places import POLICY
+from client.rights import barred
 from client.settings import SiteSettings
 from mcrage.data.schema import TableSchema
 from mcrage.errors import RefusedError, SchemaError
@@ -19,6 +21,10 @@ if TYPE_CHECKING:  # what needs torch is imported by the checks: that it is miss
 
 def leaving_lines(settings: SiteSettings) -> Iterator[Line]:
     """A line for each kind of thing that may leave, and how."""
+    for path in (settings.site.private / POLICY, settings.site.schema_file):
+        if closed := barred(path):
+            yield "note", f"not told: '{path}' {closed}", ""
+            return
     try:
         schema = TableSchema.load(settings.site.schema_file)
         policy = allowed(settings)

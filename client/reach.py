@@ -22,6 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as forms
 
 from client.findings import ASK, Line
+from client.rights import is_readable_file
 from client.settings import ServerSection, SiteSettings
 from mcrage.errors import ConfigError
 from mcrage.pki import CertificateInfo, describe, read_pem, verify
@@ -79,7 +80,7 @@ def key_lines(settings: SiteSettings) -> Iterator[Line]:
         ConfigError: If one of them is no such key.
     """
     key, node_key = settings.server.key, settings.server.node_key
-    if not (key.is_file() and node_key.is_file()):
+    if not (is_readable_file(key) and is_readable_file(node_key)):
         return  # said among the files
     if _fingerprint(key, forms.load_pem_private_key) != _fingerprint(node_key, forms.load_ssh_private_key):
         yield "problem", f"'{node_key}' is another key than '{key}'", "Bring both back from one backup."
@@ -101,7 +102,7 @@ def certificate_lines(settings: SiteSettings) -> Iterator[Line]:
         ConfigError: If the certificate is not valid, or a file holds none.
     """
     server, name = settings.server, settings.site.name
-    if not (server.certificate.is_file() and server.ca.is_file()):
+    if not (is_readable_file(server.certificate) and is_readable_file(server.ca)):
         return  # said among the files
     authority, own = _described(server.ca), _described(server.certificate)
     if own.subject != name:

@@ -12,6 +12,32 @@ from typing import NamedTuple
 from client.findings import Line
 from client.settings import SiteSettings
 
+NOT_READABLE, NOT_WRITABLE = "is not readable by this user", "is not writable by this user"
+USER = "Run this as the user who runs the daemon, or give that user what it needs (chown, chmod)."
+
+
+def barred(path: Path, need: int = os.R_OK) -> str:
+    """What keeps this user from a file or folder that is there, in words; empty where nothing does, or none is there.
+
+    Args:
+        path: Of it; it is not readable either where a folder above it is closed.
+        need: As :func:`os.access` takes it.
+    """
+    try:
+        path.stat()
+    except PermissionError:
+        return NOT_READABLE
+    except OSError:
+        return ""
+    if not os.access(path, need & ~os.W_OK):
+        return NOT_READABLE
+    return "" if os.access(path, need) else NOT_WRITABLE
+
+
+def is_readable_file(path: Path) -> bool:
+    """Whether there is a file that this user may read."""
+    return os.path.isfile(path) and not barred(path)
+
 
 class _Right(NamedTuple):
     """How a file or folder has to be.
@@ -38,20 +64,24 @@ class _Right(NamedTuple):
         """What is wrong first of all, and what to do."""
         try:
             status = self.path.lstat() if self.is_own and not self.is_folder else self.path.stat()
+        except PermissionError:
+            return NOT_READABLE, USER
         except OSError as error:
             return f"cannot be used: {error.strerror}", self.remedy
         mode, owners = stat.S_IMODE(status.st_mode), {os.getuid()} | (set() if self.is_own else {0})
-        is_kind = stat.S_ISDIR if self.is_folder else stat.S_ISREG
+        is_kind, need = (stat.S_ISDIR, os.R_OK | os.X_OK) if self.is_folder else (stat.S_ISREG, os.R_OK)
+        closed = barred(self.path, need)
         faults = (
             (
                 not is_kind(status.st_mode),
                 "is a link, or no file or folder",
                 "Put there what the link leads to.",
             ),
+            (closed, closed, USER),
             (
                 status.st_uid not in owners,
                 f"belongs to user {status.st_uid}, and this is run by user {os.getuid()}",
-                "Run it as the user who runs the daemon, or give that user what it needs (chown).",
+                USER,
             ),
             (mode & self.forbidden, f"is open to others (mode {mode:04o})", f"Run 'chmod {self.chmod} {self.path}'."),
             (status.st_size < self.least_bytes, f"has less than {self.least_bytes} bytes", f"Remove it; {self.remedy}"),
