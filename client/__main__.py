@@ -61,13 +61,16 @@ def enroll(
 def check(
     file: SiteFile,
     *,
+    only: Annotated[
+        str, typer.Option(help="'network' or 'data': what one half of the daemon needs, as the user who runs it.")
+    ] = "both",
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the server.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at everything that the daemon needs; exit code 2 if anything is not as it has to be."""
     from client.check import examine
 
-    findings = examine(SiteSettings.load(file), offline=offline)
+    findings = examine(SiteSettings.load(file), offline=offline, only=only)
     if as_json:
         typer.echo(json.dumps([vars(each) for each in findings], indent=1))
     else:

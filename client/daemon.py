@@ -6,15 +6,14 @@ import sys
 from contextlib import ExitStack
 
 from client.node import QUIET, require_flower
-from client.settings import SiteSettings
+from client.places import DAEMON_LOCK
+from client.settings import SiteSettings, parts_of
 from mcrage.errors import ConfigError
 from mcrage.files import lock_file
 from mcrage.supervision import Program, Supervisor
 
 _LOG = logging.getLogger("mcrage.daemon")
 
-_PARTS = ("network", "data")
-_LOCK = "daemon-{part}.lock"
 _RESTART_SECONDS = 5.0
 
 
@@ -28,10 +27,8 @@ def run_daemon(settings: SiteSettings, *, only: str = "both") -> int:
     Raises:
         ConfigError: If another daemon of this site is running, or Flower is of another version.
     """
-    if only not in (*_PARTS, "both"):
-        raise ConfigError(f"--only: expected network or data, it is {only!r}")
+    parts = parts_of(only)
     require_flower()
-    parts = _PARTS if only == "both" else (only,)
     name, server = settings.site.name, settings.server.address
     with ExitStack() as locks:
         for part in parts:
@@ -46,7 +43,7 @@ def _lock(settings: SiteSettings, part: str) -> int:
     """So that no second daemon starts another trainer, or another node with the same key."""
     folder = settings.site.private if part == "data" else settings.server.key.parent
     try:
-        lock = lock_file(folder / _LOCK.format(part=part))
+        lock = lock_file(folder / DAEMON_LOCK.format(part=part))
     except OSError as error:
         raise ConfigError(f"'{folder}' cannot be used: {error.strerror}; 'python -m client enroll' makes it") from None
     if lock is None:

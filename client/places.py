@@ -10,6 +10,7 @@ It is the hospital's own: nothing in it ever leaves, and nothing that a server s
       audit.jsonl           what the daemon was asked and what it answered
       debug.log             the text of errors
       trainer.lock          held by the one daemon whose processes work on the data
+      daemon-data.lock      held by the daemon that keeps them running; daemon-network.lock is beside the keys
 """
 
 POLICY, LEDGER, SECRET, WITNESS = "policy.toml", "ledger.sqlite", "secret.key", "witness/ledger.json"
@@ -17,3 +18,4 @@ SIGNING = "signing.pub"
 """Beside the keys of the network, and public: by which others check what the site signs with its secret."""
 
 JOURNAL, DEBUG_LOG, TRAINER_LOCK = "audit.jsonl", "debug.log", "trainer.lock"
+DAEMON_LOCK = "daemon-{part}.lock"

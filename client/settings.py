@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mcrage.config import SITE_NAME, Scalar
 from mcrage.errors import ConfigError
 
+PARTS = ("network", "data")
+"""Halves of the daemon; two users may run them."""
+
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):(?P<port>[0-9]{1,5})")
 _MOST_BYTES = 2**14
 
@@ -151,6 +154,17 @@ class SiteSettings(_Section):
             "private-dir": str(self.site.private),
             "num-threads": self.site.num_threads,
         }
+
+
+def parts_of(only: str) -> tuple[str, ...]:
+    """Halves of the daemon that ``--only`` stands for: one of :data:`PARTS`, or all of them for ``both``.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if only not in (*PARTS, "both"):
+        raise ConfigError(f"--only: expected network or data, it is {only!r}")
+    return PARTS if only == "both" else (only,)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -175,6 +175,17 @@ def test_check_tells_what_is_wrong_and_ends_with_code_2(call: Call, settings: Si
     assert {"area", "level", "text", "remedy"} == set(json.loads(out)[0])
 
 
+def test_check_looks_at_one_half_where_it_is_asked_to(call: Call, settings: SiteSettings) -> None:
+    settings.site.schema_file.unlink()
+    _, out, _ = call("check", settings.file, "--only", "network", "--json", "--offline")
+    assert {each["area"] for each in json.loads(out)} == {"versions", "files", "approvals", "disk"}
+    code, out, _ = call("check", settings.file, "--only", "data")
+    assert code == 2
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("problem")] == ["table:"]
+    expected = "--only: expected network or data, it is 'keys'\n"
+    assert call("check", settings.file, "--only", "keys") == (2, "", expected)
+
+
 def test_approve_shows_what_is_in_a_bundle_before_it_asks(
     call: Call, settings: SiteSettings, app: Path, bundle: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
