@@ -132,6 +132,7 @@ class Machines:
             "STEPS": "1",
             "AS_COORDINATOR": "",
             "AS_NETWORK": "",
+            "AS_DATA": "",
             "OMP_NUM_THREADS": "1",
             "MCRAGE_DEBUG": "1",
         }
@@ -265,6 +266,8 @@ def test_the_runbook_leads_from_bare_folders_to_a_run_and_through_the_life_of_a_
     assert "localhost:" in told[3]
     assert ": production" in told[3]
     assert not re.search("^problem", told[4], re.MULTILINE)
+    assert len(re.findall("^ok +versions: ", told[4], re.MULTILINE)) == 3 * len(SITES), "as root, and of each half"
+    assert len(re.findall("^ok +server: .*over TLS", told[4], re.MULTILINE)) == 2 * len(SITES)
     assert re.search(r"leaves: parameters of the model: with noise", told[4])
     assert told[4].count("approved: ") == len(SITES)
     assert "run first: round 2 of 2" in told[5]
