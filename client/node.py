@@ -5,6 +5,7 @@ of its private parts replaced, each of them guarded by a test:
 
 * the client of the coordinator shows the site's certificate, follows no redirect, and reads no answer without limit;
 * a bundle that the hospital has not approved is refused with code 7 before anything of it is kept;
+* an instruction whose run ends while it is fetched is forgotten as a whole, so that it holds up no other one;
 * it asks for work four times a second while a run is going on, and every 3 seconds otherwise.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import flwr
 import httpx
 from flwr.supercore.fab import Fab
+from flwr.supercore.run import RunNotRunningException
 
 from client.bundles import Approvals
 from client.settings import SiteSettings
@@ -116,7 +118,8 @@ def harden(settings: SiteSettings) -> None:
             # Flower looks at a bundle only if something claims to vouch for it.
             return Fab(fab_hash, get_fab(fab_hash, run_id).content, {"valid_license": "the hospital's own list"})
 
-        run_id = pull(get_fab=get_marked_fab, **{**others, "trusted_entities": {"hospital": "approvals"}})
+        whole = {name: _told_as_failure(others.pop(name)) for name in ("pull_object", "confirm_message_received")}
+        run_id = pull(get_fab=get_marked_fab, **{**others, **whole, "trusted_entities": {"hospital": "approvals"}})
         pace.saw_work(run_id is not None)
         return run_id
 
@@ -124,6 +127,22 @@ def harden(settings: SiteSettings) -> None:
     _replace(start_client_internal, "_pull_and_store_message", pull_approved)
     _replace(start_client_internal, "_verify_fab", lambda fab, _: is_approved(fab, approvals))
     _replace(start_client_internal, "time", pace)
+
+
+def _told_as_failure(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call; that the run has ended meanwhile is an error like any other.
+
+    Flower cleans up after errors, but not after that: the task of half an instruction would stay, and the runner would
+    ask for the other half for more than an hour, deaf to every other run.
+    """
+
+    def called(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RunNotRunningException:
+            raise ConnectionAbortedError("its run has ended meanwhile") from None
+
+    return called
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:

@@ -44,6 +44,7 @@ REVIEWED = {
     "flwr.supercore.interceptors.SuperExecAuthHttpInterceptor": "c11135b67c204986",
     "flwr.supercore.primitives.asymmetric.public_key_to_bytes": "552b787ae3438eaf",
     "flwr.supercore.run.Run": "2f1566491e6beccf",
+    "flwr.supercore.run.RunNotRunningException": "c6cd25f48f7dab64",
     "flwr.supercore.runtime.RuntimeHttpClient": "9d66e89a62052127",
     "flwr.supercore.task_identity.TaskIdentity": "49ac1df12b140345",
     "flwr.supernode.cli.flower_supernode.flower_supernode": "e263e10452076b00",

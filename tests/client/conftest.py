@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import socket
 import ssl
 import threading
@@ -9,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from client.places import POLICY
 from client.policy import SitePolicy
 from client.settings import SiteSettings
 from mcrage.pki import Authority
+
+NewSite = Callable[..., SiteSettings]
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +139,24 @@ def listen() -> Callable[..., Any]:
                 thread.join()
 
     return start
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    # Its certificates may begin some days ago.
+    folder = tmp_path_factory.mktemp("federation")
+    return Authority.create(folder / "ca", name="Federation", at=datetime.now(UTC) - timedelta(days=9))
+
+
+@pytest.fixture
+def site(new_site: NewSite, authority: Authority) -> NewSite:
+    """Makes an enrolled hospital with a certificate."""
+
+    def make(address: str = "127.0.0.1:8443", more: str = "") -> SiteSettings:
+        settings = new_site(address=address, more=more)
+        request = settings.server.key.with_name("st-mary.csr").read_bytes()
+        settings.server.certificate.write_bytes(authority.issue_site(request, site="st-mary"))
+        shutil.copy(authority.folder / "ca.crt", settings.server.ca)
+        return settings
+
+    return make

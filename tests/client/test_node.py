@@ -7,7 +7,6 @@ import ast
 import hashlib
 import inspect
 import io
-import shutil
 import ssl
 import subprocess
 import sys
@@ -25,11 +24,12 @@ import flwr
 import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import Status
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
@@ -55,27 +55,6 @@ CANARY = b"what only the coordinator may see"
 EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    # Its certificates may begin some days ago.
-    folder = tmp_path_factory.mktemp("federation")
-    return Authority.create(folder / "ca", name="Federation", at=datetime.now(UTC) - timedelta(days=9))
-
-
-@pytest.fixture
-def site(new_site: NewSite, authority: Authority) -> NewSite:
-    """Makes an enrolled hospital with a certificate."""
-
-    def make(address: str = "127.0.0.1:8443", more: str = "") -> SiteSettings:
-        settings = new_site(address=address, more=more)
-        request = settings.server.key.with_name("st-mary.csr").read_bytes()
-        settings.server.certificate.write_bytes(authority.issue_site(request, site="st-mary"))
-        shutil.copy(authority.folder / "ca.crt", settings.server.ca)
-        return settings
-
-    return make
-
-
 @pytest.fixture
 def unhardened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts Flower's parts back after the test."""
@@ -92,7 +71,10 @@ def pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pull:
     message.metadata.__dict__["_message_id"] = message.object_id
     objects = {name: each.deflate() for name, each in get_all_nested_objects(message).items()}
 
-    def take(content: bytes, claims: dict[str, str] | None = None) -> NodeState:
+    def take(content: bytes, claims: dict[str, str] | None = None, *, ends: str = "") -> NodeState:
+        def the_run_ends() -> None:
+            raise RunNotRunningException
+
         stores = ObjectStoreFactory()
         state = NodeStateFactory(stores).state()
         state.set_node_id(7)
@@ -105,11 +87,11 @@ def pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pull:
             receive=lambda: (message, get_object_tree(message)),
             get_run=lambda _: run,
             get_fab=lambda fab_hash, _: Fab(fab_hash, content, claims or {}),
-            pull_object=lambda _, name: objects[name],
-            confirm_message_received=lambda *_: None,
+            pull_object=lambda _, name: the_run_ends() if ends == "object" else objects[name],
+            confirm_message_received=lambda *_: the_run_ends() if ends == "confirm" else None,
             trusted_entities=None,
         )
-        assert run_id == 5
+        assert run_id == (None if ends else 5)
         return state
 
     return take
@@ -177,6 +159,22 @@ def test_a_bundle_is_refused_and_the_node_lives_on(
     approved.write_text("[[[")
     assert not is_accepted(pull(bundle))
     assert f"'{approved}' is not a list of approvals" in caplog.text
+
+
+@pytest.mark.usefixtures("unhardened")
+@pytest.mark.parametrize("ends", ["object", "confirm"])
+@pytest.mark.parametrize("is_hardened", [True, False])
+def test_half_an_instruction_of_a_run_that_has_ended_leaves_no_work(
+    site: NewSite, pull: Pull, bundle: bytes, ends: str, is_hardened: bool
+) -> None:
+    """Flower by itself leaves it to the runner, which then waits for more than an hour for the other half."""
+    settings = site()
+    Approvals(settings.daemon.approved).add(Bundle.read(bundle), by="test")
+    if is_hardened:
+        node.harden(settings)
+    state = pull(bundle, ends=ends)
+    waiting = state.get_tasks(statuses=[Status.PENDING])
+    assert bool(waiting) == bool(state.get_messages_legacy(is_reply=False)) == (not is_hardened)
 
 
 @pytest.mark.usefixtures("unhardened")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import uvicorn
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import Status
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
@@ -95,8 +96,15 @@ class SuperNode:
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(10)
 
-    def take(self, bundle: bytes, message: InflatableObject, *, run_id: int = RUN) -> None:
-        """Has an instruction come in."""
+    def take(
+        self,
+        bundle: bytes,
+        message: InflatableObject,
+        *,
+        run_id: int = RUN,
+        breaks_off: Callable[[], object] | None = None,
+    ) -> None:
+        """Has an instruction come in; half of it, where something else is called in the place of the other half."""
         told = message if isinstance(message, Message) else instruction()
         told.metadata.__dict__["_run_id"] = run_id
         told.metadata.__dict__["_message_id"] = message.object_id
@@ -110,11 +118,11 @@ class SuperNode:
             receive=lambda: (told, get_object_tree(message)),
             get_run=lambda _: run,
             get_fab=lambda fab_hash, _: Fab(fab_hash, bundle, {}),
-            pull_object=lambda _, name: objects[name],
+            pull_object=lambda _, name: breaks_off() if breaks_off and name == told.object_id else objects[name],
             confirm_message_received=lambda *_: None,
             trusted_entities=None,
         )
-        assert taken == run_id
+        assert taken == (None if breaks_off else run_id)
 
     def reply(self, *, seconds: float = 60) -> Message:
         """The next reply."""
@@ -219,6 +227,26 @@ def charges(settings: SiteSettings) -> int:
     private = settings.site.private
     with PrivacyLedger.open(private / LEDGER, witness=private / WITNESS) as ledger:
         return len(ledger.rows)
+
+
+def test_an_instruction_of_which_half_never_comes_holds_up_no_other(
+    site: NewSite, run: Run, open_node: OpenNode, bundle: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when its run ends while the SuperNode fetches it; the runner has begun with it by then."""
+    settings = site()
+
+    def script() -> None:
+        node = open_node(settings)
+
+        def end_it() -> None:
+            until(lambda: node.state.get_tasks(statuses=[Status.RUNNING]) and "Runtime.PullObject" in caplog.text)
+            raise ConnectionAbortedError
+
+        node.take(bundle, instruction(), breaks_off=end_it)
+        assert incoming(node.ask(bundle, instruction("b"), run_id=OTHER_RUN)).values["site"] == "st-mary"
+        assert "an instruction could not be answered" in caplog.text
+
+    run(settings, script)
 
 
 def test_instructions_are_answered_logged_and_refused_and_the_runner_outlives_what_it_talks_to(
