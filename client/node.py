@@ -121,6 +121,8 @@ def harden(settings: SiteSettings) -> None:
         whole = {name: _told_as_failure(others.pop(name)) for name in ("pull_object", "confirm_message_received")}
         run_id = pull(get_fab=get_marked_fab, **{**others, **whole, "trusted_entities": {"hospital": "approvals"}})
         pace.saw_work(run_id is not None)
+        if run_id is None:
+            _forget_replies(others["state"], others["object_store"])
         return run_id
 
     _replace(fleet_http_connection, "FleetHttpClient", pinned_client(settings))
@@ -143,6 +145,18 @@ def _told_as_failure(call: Callable[..., Any]) -> Callable[..., Any]:
             raise ConnectionAbortedError("its run has ended meanwhile") from None
 
     return called
+
+
+def _forget_replies(state: Any, object_store: Any) -> None:
+    """Drops what was answered to an instruction that was given up while it was fetched.
+
+    Flower sends replies only after it has fetched an instruction, and then the first that is there. With an old one
+    before it, every reply would wait for the next instruction, which does not come before the reply is there.
+    """
+    for reply in state.get_messages_legacy(is_reply=True):
+        _LOG.warning("a reply to an instruction that was given up is dropped")
+        state.delete_messages(message_ids=[reply.metadata.message_id, reply.metadata.reply_to_message_id])
+        object_store.delete(reply.metadata.message_id)
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:

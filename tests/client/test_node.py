@@ -23,7 +23,7 @@ from typing import Any
 import flwr
 import httpx
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import Status
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.fab import Fab
@@ -73,6 +73,8 @@ def pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pull:
 
     def take(content: bytes, claims: dict[str, str] | None = None, *, ends: str = "") -> NodeState:
         def the_run_ends() -> None:
+            if ends == "answered":  # which the runner may be sooner than the coordinator hears that it came
+                start_client_internal._insert_message(Message(Error(9), reply_to=message), state, stores.store())
             raise RunNotRunningException
 
         stores = ObjectStoreFactory()
@@ -88,7 +90,7 @@ def pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pull:
             get_run=lambda _: run,
             get_fab=lambda fab_hash, _: Fab(fab_hash, content, claims or {}),
             pull_object=lambda _, name: the_run_ends() if ends == "object" else objects[name],
-            confirm_message_received=lambda *_: the_run_ends() if ends == "confirm" else None,
+            confirm_message_received=lambda *_: the_run_ends() if ends in ("confirm", "answered") else None,
             trusted_entities=None,
         )
         assert run_id == (None if ends else 5)
@@ -162,19 +164,19 @@ def test_a_bundle_is_refused_and_the_node_lives_on(
 
 
 @pytest.mark.usefixtures("unhardened")
-@pytest.mark.parametrize("ends", ["object", "confirm"])
+@pytest.mark.parametrize("ends", ["object", "confirm", "answered"])
 @pytest.mark.parametrize("is_hardened", [True, False])
-def test_half_an_instruction_of_a_run_that_has_ended_leaves_no_work(
+def test_half_an_instruction_of_a_run_that_has_ended_leaves_neither_work_nor_a_reply(
     site: NewSite, pull: Pull, bundle: bytes, ends: str, is_hardened: bool
 ) -> None:
-    """Flower by itself leaves it to the runner, which then waits for more than an hour for the other half."""
+    """Flower by itself has the runner wait for hours for the other half, and sends each reply one instruction late."""
     settings = site()
     Approvals(settings.daemon.approved).add(Bundle.read(bundle), by="test")
     if is_hardened:
         node.harden(settings)
     state = pull(bundle, ends=ends)
-    waiting = state.get_tasks(statuses=[Status.PENDING])
-    assert bool(waiting) == bool(state.get_messages_legacy(is_reply=False)) == (not is_hardened)
+    assert bool(state.get_tasks(statuses=[Status.PENDING])) == (not is_hardened)
+    assert bool(state.get_messages_legacy(is_reply=True)) == (not is_hardened and ends == "answered")
 
 
 @pytest.mark.usefixtures("unhardened")
