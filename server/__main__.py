@@ -137,7 +137,8 @@ def site_list(home: Folder, *, as_json: AsJson = False) -> None:
         return
     for row in rows:
         expiry = f"certificate {row['days_left']} days" + (": renew" if row["days_left"] <= 30 else "")
-        typer.echo(f"{row['site']:<24} {row['state']:<18} {expiry}, {row['keys']} key{'s' * (row['keys'] > 1)}")
+        more = f"; {row['reason']}" if row["reason"] else ""
+        typer.echo(f"{row['site']:<24} {row['state']:<18} {expiry}, {row['keys']} key{'s' * (row['keys'] > 1)}{more}")
 
 
 def _require_folder_of(out: Path) -> None:

@@ -22,6 +22,7 @@ from mcrage.files import lock_file
 from mcrage.pki import SERVER_CERTIFICATE, describe, read_pem
 from mcrage.privacy.statement import PrivacyAccount
 from server.home import Home
+from server.proxy import wrong_clocks
 
 if TYPE_CHECKING:
     from server.control import Node
@@ -124,10 +125,10 @@ def read_part(path: Path, kind: type[AnyPart]) -> AnyPart | None:
 
 
 def site_rows(home: Home) -> list[dict[str, Any]]:
-    """A row per site: ``site``, ``state``, ``days_left`` of its newest certificate, ``keys``, ``node_ids``.
+    """A row per site: ``site``, ``state``, ``days_left`` of its newest certificate, ``keys``, ``node_ids``, ``reason``.
 
     The state is ``connected``, ``not connected``, ``not registered yet`` while no running coordinator has seen the
-    site, and ``unknown`` where the SuperLink does not answer.
+    site, and ``unknown`` where the SuperLink does not answer. The reason is why it is turned away, where that is known.
     """
     return _site_rows(home, _nodes(home))
 
@@ -216,7 +217,7 @@ def _is_running(home: Home) -> bool:
 
 
 def _site_rows(home: Home, nodes: "Mapping[int, Node] | None") -> list[dict[str, Any]]:
-    registry = home.read_registry()
+    registry, clocks = home.read_registry(), wrong_clocks(home.proxy / "access.log")
     rows = []
     for site, entry in sorted(home.sites().items()):
         node_ids = _node_ids(registry.get(site))
@@ -229,8 +230,14 @@ def _site_rows(home: Home, nodes: "Mapping[int, Node] | None") -> list[dict[str,
             state = "connected" if is_there else "not connected"
         days_left = entry.keys[-1].days_left if entry.keys else 0
         row = {"site": site, "state": state, "days_left": days_left, "keys": len(entry.keys), "node_ids": node_ids}
-        rows.append(row)
+        reason = _of_clock(clocks[site]) if site in clocks else ""
+        rows.append({**row, "reason": reason})
     return rows
+
+
+def _of_clock(seconds: int) -> str:
+    where = "ahead of" if seconds > 0 else "behind"
+    return f"turned away: its clock is {abs(seconds)} s {where} this machine's"
 
 
 def _node_ids(entry: Any) -> list[int]:
@@ -323,7 +330,8 @@ def _validity(days: int) -> str:
 
 def _site_line(row: Mapping[str, Any]) -> str:
     keys = "" if row["keys"] == 1 else f", {row['keys']} keys"
-    return f"{row['site']:<24} {row['state']:<18} certificate {_validity(row['days_left'])}{keys}"
+    reason = f"; {row['reason']}" if row["reason"] else ""
+    return f"{row['site']:<24} {row['state']:<18} certificate {_validity(row['days_left'])}{keys}{reason}"
 
 
 def _run_lines(run: Mapping[str, Any]) -> list[str]:

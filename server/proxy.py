@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ FLEET_PATHS = tuple(
 
 _TEMPLATE = Path(__file__).with_name("nginx.conf.j2")
 _NOBODY = "-"  # the site in the access log where none was recognised; no site can be called so
+# What Flower's SuperLink bears: a signature is at most this many seconds from the future, or this old.
+_MOST_AHEAD, _MOST_BEHIND = 4, 300
+_TURNED_AWAY, _LAST_BYTES = "401", 2**18
 _PLACES_WITHOUT_PATH = "/usr/sbin:/usr/local/sbin"
 
 
@@ -113,7 +117,7 @@ class Proxy:
 
     @property
     def access_log(self) -> Path:
-        """One JSON object a line: time, site, path, status, bytes in and out, seconds."""
+        """One JSON object a line: time, site, path, status, bytes in and out, seconds, and the site's clock."""
         return self.folder / "access.log"
 
     def render(self) -> str:
@@ -214,6 +218,41 @@ def bytes_by_site(log: Path) -> dict[str, tuple[int, int]]:
         came[entry["site"]] += entry["bytes_in"]
         went[entry["site"]] += entry["bytes_out"]
     return {site: (came[site], went[site]) for site in sorted(came) if site != _NOBODY}
+
+
+def wrong_clocks(log: Path) -> dict[str, int]:
+    """Seconds by which the clocks of sites are ahead of this machine's that were turned away by their newest request.
+
+    Args:
+        log: Access log of the proxy; its last part is read. Without it nobody was turned away.
+    """
+    newest = {str(entry.get("site")): entry for entry in _last_entries(log)}
+    found = {site: _ahead(entry) for site, entry in newest.items() if str(entry.get("status")) == _TURNED_AWAY}
+    return {site: seconds for site, seconds in found.items() if site != _NOBODY and seconds is not None}
+
+
+def _ahead(entry: Mapping[str, Any]) -> int | None:
+    """None where the clock was no reason to turn it away, or was not told."""
+    try:
+        seconds = (_moment(entry["clock"]) - _moment(entry["time"])).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return None
+    return round(seconds) if seconds > _MOST_AHEAD or seconds < -_MOST_BEHIND else None
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _last_entries(log: Path) -> Iterator[Mapping[str, Any]]:
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LAST_BYTES))
+        for line in file.read(_LAST_BYTES).splitlines():
+            with suppress(ValueError):  # the first may be half a line
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
 
 
 def _entries(log: Path) -> Iterator[Mapping[str, Any]]:

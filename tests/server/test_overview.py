@@ -110,13 +110,40 @@ def test_without_a_superlink_a_site_is_unknown_or_not_registered_yet(home: Home)
     home.write_sites({"hosp-a": entry(days=100), "hosp-b": entry(days=-3, keys=2), "hosp-c": entry(days=5)})
     write_json(home.registry, {"hosp-a": {"node_ids": [7]}, "hosp-c": {"node_ids": "?"}})
     assert site_rows(home) == [
-        {"site": "hosp-a", "state": "unknown", "days_left": 100, "keys": 1, "node_ids": [7]},
-        {"site": "hosp-b", "state": "not registered yet", "days_left": -3, "keys": 2, "node_ids": []},
-        {"site": "hosp-c", "state": "not registered yet", "days_left": 5, "keys": 1, "node_ids": []},
+        {"site": "hosp-a", "state": "unknown", "days_left": 100, "keys": 1, "node_ids": [7], "reason": ""},
+        {"site": "hosp-b", "state": "not registered yet", "days_left": -3, "keys": 2, "node_ids": [], "reason": ""},
+        {"site": "hosp-c", "state": "not registered yet", "days_left": 5, "keys": 1, "node_ids": [], "reason": ""},
     ]
     text = "\n".join(lines_of(home))
     assert "hosp-b                   not registered yet certificate expired 3 days ago, 2 keys" in text
     assert "certificate 5 days: renew" in text
+
+
+@pytest.mark.parametrize(
+    ("requests", "told"),
+    [
+        ([("401", "12:10:00")], "turned away: its clock is 600 s ahead of this machine's"),
+        ([("401", "11:50:00.4")], "turned away: its clock is 600 s behind this machine's"),
+        ([("200", "12:00:00"), ("401", "12:00:07+00:00")], "turned away: its clock is 7 s ahead of this machine's"),
+        ([("401", "12:10:00"), ("200", "12:00:00")], ""),
+        ([("401", "12:00:00")], ""),  # it was turned away for something else
+        ([("401", "")], ""),
+        ([("401", "yesterday")], ""),
+        ([], ""),
+    ],
+)
+def test_a_site_whose_clock_is_wrong_is_told_by_the_second(
+    home: Home, requests: list[tuple[str, str]], told: str
+) -> None:
+    home.write_sites({"hosp-a": entry(days=100)})
+    told_by = [
+        {"time": "2026-11-30T13:00:00+01:00", "site": site, "status": status, "clock": clock and f"2026-11-30T{clock}"}
+        for site, (status, clock) in [*(("hosp-a", each) for each in requests), ("-", ("401", "12:30:00"))]
+    ]
+    lines = [json.dumps(line) for line in told_by]
+    (home.proxy / "access.log").write_text("\n".join(['half a line"}', "3", *lines, '{"time": "20']))
+    assert [row["reason"] for row in site_rows(home)] == [told]
+    assert told in "\n".join(lines_of(home)).replace("\n    ", " ")
 
 
 @contextmanager

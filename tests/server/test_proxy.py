@@ -346,7 +346,7 @@ def test_the_log_adds_up_by_site_and_holds_no_key(federation: Federation, tmp_pa
         ask(port, who=federation.beta, key=federation.alpha.header)
     text = proxy.access_log.read_text(encoding="utf-8", errors="replace")
     assert len(text.splitlines()) == 4
-    assert " ".join(json.loads(text.splitlines()[0])) == "time site path status bytes_in bytes_out seconds"
+    assert " ".join(json.loads(text.splitlines()[0])) == "time site path status bytes_in bytes_out seconds clock"
     assert not re.search(f"{federation.alpha.header[:60]}|patient", text + (tmp_path / "error.log").read_text())
     proxy.access_log.write_text(text + '{"time":"20')  # cut off by a crash
     ((site, (came, went)),) = bytes_by_site(proxy.access_log).items()
