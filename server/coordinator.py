@@ -26,6 +26,7 @@ from mcrage.files import lock_file, replace_file
 from mcrage.supervision import Program, Supervisor, started_with
 from server import sites
 from server.control import Control
+from server.database import require_usable, shortage
 from server.home import PROCESS_MARK, CoordinatorSettings, Home, set_environment
 from server.jobs import Jobs
 
@@ -45,12 +46,15 @@ def run_coordinator(home: Home) -> int:
     """Everything that ``python -m server up`` does, until SIGTERM; returns the exit code.
 
     Raises:
-        ConfigError: If the folder or a port is in use, keys are missing, or nginx refuses its configuration.
+        ConfigError: If the folder or a port is in use, keys are missing, its disk is full, the database is none that
+            Flower knows, or nginx refuses its configuration.
     """
     with _alone(home):
         settings = home.settings
         _end_leftovers(home)
         _require_files(home)
+        _require_room(home)
+        require_usable(home.database)
         for address, name in ((settings.address, "listen"), (("127.0.0.1", settings.superlink_port), "superlink_port")):
             _require_free(address, f"{home.folder / 'coordinator.toml'}: {name}")
         return Coordinator(home, settings, write_bundle(home)).run()
@@ -99,6 +103,7 @@ class Coordinator:
         self._guarded("certificate", self._look_at_certificate)
         self._guarded("sites", self._look_at_sites)
         self._guarded("runs", self._look_at_runs)
+        self._guarded("disk", self._look_at_disk)
 
     def _guarded(self, what: str, look: Callable[[], None]) -> None:
         """What is wrong with one of them is said, once, and keeps nothing else from going on."""
@@ -146,8 +151,12 @@ class Coordinator:
         if not self._is_recovered:
             self._jobs.recover()
             self._is_recovered = True
-        is_busy = self._jobs.tick()
+        is_busy = self._jobs.tick(hindrance=_shortage(self._home))
         self._is_clean = not is_busy and (self._is_clean or forget_updates(self._home.database))
+
+    def _look_at_disk(self) -> None:
+        if problem := _shortage(self._home):
+            raise ConfigError(f"{problem}; runs wait until there is room")
 
     def _list(self) -> bytes:
         return self._home.list_of_sites.read_bytes()
@@ -180,6 +189,15 @@ def _require_files(home: Home) -> None:
     missing = [f"'{path}' is not there; restore it from a backup" for path in needed if not path.is_file()]
     if missing:
         raise ConfigError("\n".join(missing))
+
+
+def _shortage(home: Home) -> str:
+    return shortage(home.database.parent, home.folder / "runs")
+
+
+def _require_room(home: Home) -> None:
+    if problem := _shortage(home):
+        raise ConfigError(f"{problem}; make room, then start it again")
 
 
 def _require_free(address: tuple[str, int], name: str) -> None:

@@ -39,7 +39,7 @@ class Job(BaseModel):
         flower_run: Flower's number of the newest attempt; 0 before the first.
         attempts: Since a round was last completed.
         rounds: That were complete at the newest attempt.
-        error: Why it failed; empty otherwise.
+        error: Why it failed, or what it waits for; empty otherwise.
         wish: Mark of the wish that it follows.
         told: Mark of what the run had said of itself before the newest attempt.
         changed: When this was written.
@@ -161,6 +161,7 @@ class Jobs:
     def __init__(self, home: Home, control: Control, bundle: bytes) -> None:
         self._home, self._control, self._bundle = home, control, bundle
         self._said: dict[str, str] = {}
+        self._hindrance = ""
 
     def recover(self) -> None:
         """Ends what Flower still holds for running: after a start of the coordinator nothing runs any more.
@@ -179,13 +180,16 @@ class Jobs:
             except (ConfigError, OSError) as error:
                 self._say(name, str(error))
 
-    def tick(self) -> bool:
+    def tick(self, *, hindrance: str = "") -> bool:
         """Looks at every run once; returns whether any of them goes on.
+
+        Args:
+            hindrance: Why none may be started now; it is no fault of the runs, which wait.
 
         Raises:
             FederationError: If the SuperLink does not answer about one of them; the others were looked at.
         """
-        is_busy, silent = False, None
+        is_busy, silent, self._hindrance = False, None, hindrance
         for name in self._home.runs():
             try:
                 is_busy |= self._look_at(name) not in ENDED
@@ -209,6 +213,8 @@ class Jobs:
             job = self._write(name, Job() if is_anew else job, wish=_mark(wish))
         if is_stop:
             job = self._stopped(name, job)
+        elif job.state == "wanted" and self._hindrance:
+            job = self._waiting(name, job)
         elif job.state == "wanted":
             job = self._start(name, job)
         elif job.state == "running":
@@ -229,6 +235,11 @@ class Jobs:
         except OSError:
             self._control.stop(flower_run)  # nothing would know of it, and the next look start another one
             raise
+
+    def _waiting(self, name: str, job: Job) -> Job:
+        if job.error:
+            return job
+        return self._write(name, job, error=f"waits: {self._hindrance}", attempts=0)
 
     def _watch(self, name: str, job: Job) -> Job:
         status = self._control.status(job.flower_run)
@@ -261,7 +272,7 @@ class Jobs:
         if status and not status.startswith("finished"):
             self._control.stop(job.flower_run)
         _LOG.info("run %s: stopped after round %d", name, self._rounds(name))
-        return self._write(name, job, state="stopped")
+        return self._write(name, job, state="stopped", error="")
 
     def _told(self, name: str) -> dict[str, Any]:
         """What the run says of itself; nothing where that cannot be read, as it is no reason to let it alone."""
