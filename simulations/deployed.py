@@ -5,6 +5,7 @@ For tests and measurements of what a deployment does; all traffic stays on loopb
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from client.bundles import Approvals, Bundle
@@ -86,7 +88,8 @@ class Federation:
         self.port = free_port()
         names = CoordinatorSettings(names=("localhost",), listen=f"127.0.0.1:{self.port}", superlink_port=free_port())
         self.home = Home.create(folder / "home", names)
-        Authority.create(self.home.pki, name="test").issue_server(["localhost"])
+        a_day_ago = datetime.now(UTC) - timedelta(days=1)
+        Authority.create(self.home.pki, name="test", at=a_day_ago).issue_server(["localhost"], at=a_day_ago)
         self.bundle = write_bundle(self.home)
         self.sites: dict[str, SiteSettings] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -120,9 +123,15 @@ class Federation:
         self._start("coordinator", "server", "up", str(self.home.folder))
         until(lambda: set(self.home.read_registry()) == set(self.home.sites()), seconds=60, what="the coordinator")
 
-    def start_site(self, name: str) -> None:
-        """Starts a hospital's daemon."""
-        self._start(name, "client", "run", str(self.sites[name].file))
+    def start_site(self, name: str, **environment: str) -> None:
+        """Starts a hospital's daemon, with more in its environment."""
+        self._start(name, "client", "run", str(self.sites[name].file), **environment)
+
+    def connect(self, name: str, *, port: int) -> None:
+        """Has a hospital connect to another port, from its next start."""
+        path = self.sites[name].file
+        path.write_text(re.sub(r"localhost:\d+", f"localhost:{port}", path.read_text()))
+        self.sites[name] = SiteSettings.load(path)
 
     def online(self) -> set[str]:
         """Hospitals whose node the SuperLink sees."""
@@ -149,9 +158,9 @@ class Federation:
         until(lambda: self.online() == set(self.sites), seconds=90, what="all hospitals")
         return self
 
-    def _start(self, name: str, *command: str) -> None:
+    def _start(self, name: str, *command: str, **more: str) -> None:
         log = (self.folder / f"{name}.log").open("ab")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
         self._running[name] = subprocess.Popen(
             [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )

@@ -13,19 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from client.app import app
 from client.bundles import Approvals, Bundle
 from client.journal import verify
 from client.places import JOURNAL
 from client.policy import SitePolicy
-from mcrage.config import RunConfig, Scalar
+from mcrage.config import Scalar
 from server import sites
-from server.app import save_result
-from server.home import read_json
 from server.proxy import bytes_by_site
-from server.rounds import run_federation
 from simulations.deployed import Federation
-from simulations.grid import InProcessGrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,21 +30,6 @@ LONG: dict[str, Scalar] = {"local_steps": 150, "num_server_rounds": 6}
 @pytest.fixture(scope="module")
 def federation(new_federation: Callable[..., Federation], site_dir: Path) -> Federation:
     return new_federation(site_dir, num_sites=3, policy=SitePolicy.simulated(declared_patients=84)).all_up()
-
-
-@pytest.fixture(scope="module")
-def in_one_process(site_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """SHA-256 of the model of the same run, uninterrupted and without any network."""
-
-    def model(federation: Federation, run: str) -> str:
-        asked = read_json(federation.home.run(run) / "settings.json")
-        out = tmp_path_factory.mktemp("one-process")
-        config = RunConfig.parse({**asked, "site-dir": str(site_dir), "out-dir": str(out)})
-        grid = InProcessGrid.of_folder(app, len(federation.sites), config)
-        save_result(run_federation(grid, config), config, seconds=0.0)
-        return sha256(out / "model" / "model.safetensors")
-
-    return model
 
 
 def sha256(path: Path) -> str:
