@@ -24,7 +24,7 @@ from flwr.cli.build import build_fab_from_disk
 from mcrage.errors import ConfigError, FederationError
 from mcrage.files import lock_file, replace_file
 from mcrage.supervision import Program, Supervisor, started_with
-from server import sites
+from server import logs, sites
 from server.control import Control
 from server.database import require_usable, shortage
 from server.home import PROCESS_MARK, CoordinatorSettings, Home, set_environment
@@ -104,6 +104,7 @@ class Coordinator:
         self._guarded("sites", self._look_at_sites)
         self._guarded("runs", self._look_at_runs)
         self._guarded("disk", self._look_at_disk)
+        self._guarded("logs", self._look_at_logs)
 
     def _guarded(self, what: str, look: Callable[[], None]) -> None:
         """What is wrong with one of them is said, once, and keeps nothing else from going on."""
@@ -157,6 +158,11 @@ class Coordinator:
     def _look_at_disk(self) -> None:
         if problem := _shortage(self._home):
             raise ConfigError(f"{problem}; runs wait until there is room")
+
+    def _look_at_logs(self) -> None:
+        process_id = self._supervisor.process_id(_PROXY)
+        if process_id is not None:
+            logs.rotate(self._home.proxy, process_id)
 
     def _list(self) -> bytes:
         return self._home.list_of_sites.read_bytes()

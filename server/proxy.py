@@ -26,6 +26,7 @@ from jinja2 import Environment, StrictUndefined
 from mcrage.config import SITE_NAME
 from mcrage.errors import ConfigError
 from mcrage.files import replace_file
+from server.logs import lines_of
 
 FLEET_PATHS = tuple(
     f"/v1/fleet/{call}"
@@ -204,10 +205,10 @@ def find_nginx() -> str:
 
 
 def bytes_by_site(log: Path) -> dict[str, tuple[int, int]]:
-    """Bytes that came from each site and went to it, headers included.
+    """Bytes that came from each site and went to it, headers included, since :func:`counted_since`.
 
     Args:
-        log: Access log of the proxy.
+        log: Access log of the proxy; the old ones that are kept beside it count as well.
 
     Raises:
         ConfigError: If the log cannot be read.
@@ -255,13 +256,21 @@ def _last_entries(log: Path) -> Iterator[Mapping[str, Any]]:
                     yield entry
 
 
+def counted_since(log: Path) -> datetime | None:
+    """When the oldest request was answered that is still in a log; None if there is none.
+
+    Raises:
+        ConfigError: If the log cannot be read.
+    """
+    first = next(_entries(log), None)
+    return None if first is None else datetime.fromisoformat(first["time"])
+
+
 def _entries(log: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        # bytes of a path that are no UTF-8 stand in the log as they came
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                with suppress(json.JSONDecodeError):  # a line that a crash cut off
-                    yield json.loads(line)
+        for line in lines_of(log):
+            with suppress(json.JSONDecodeError):  # a line that a crash cut off
+                yield json.loads(line)
     except OSError as error:
         raise ConfigError(f"{log}: {error.strerror}; nginx writes it once it runs") from None
 

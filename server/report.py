@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from mcrage.render import html, plots
 from mcrage.render.tables import Cell, Notes
 from mcrage.render.text import METRIC_NAMES, interval, number, signed
 from server.home import Home
+from server.logs import files_of
 from server.measures import THRESHOLD
 from server.overview import Part, Record, RoundPart, duration, read_part
-from server.proxy import bytes_by_site
+from server.proxy import bytes_by_site, counted_since
 from server.rebalance import FOLDER, privacy_of
 
 _TEMPLATES = Path(__file__).parent
@@ -125,7 +127,8 @@ def write_report(home: Home, run: str) -> Path:
     if record is None:
         raise ConfigError(f"run {run} is not done: it has no record yet; 'status' shows how far it is")
     log = home.proxy / "access.log"
-    page = render(run, record, folder=folder, traffic=bytes_by_site(log) if log.exists() else {})
+    traffic, since = (bytes_by_site(log), counted_since(log)) if files_of(log) else ({}, None)
+    page = render(run, record, folder=folder, traffic=traffic, since=since)
     path = folder / "report.html"
     try:
         replace_file(path, page.encode(), mode=0o644)
@@ -134,7 +137,9 @@ def write_report(home: Home, run: str) -> Path:
     return path
 
 
-def render(run: str, record: Record, *, folder: Path, traffic: Mapping[str, tuple[int, int]]) -> str:
+def render(
+    run: str, record: Record, *, folder: Path, traffic: Mapping[str, tuple[int, int]], since: datetime | None
+) -> str:
     """The text of the page.
 
     Args:
@@ -142,6 +147,7 @@ def render(run: str, record: Record, *, folder: Path, traffic: Mapping[str, tupl
         record: Its ``run.json``.
         folder: Its folder, for what else there is.
         traffic: Bytes from each site and to it.
+        since: From when on they were counted.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -164,6 +170,7 @@ def render(run: str, record: Record, *, folder: Path, traffic: Mapping[str, tupl
         remarks=_remarks(record),
         sites=site_lines(record, traffic),
         has_traffic=bool(traffic),
+        since=f"{since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else "",
         absent=sorted(record.absent.items()),
         curves=_curves(record.rounds),
         statements=privacy_of(record, record.sites),

@@ -33,6 +33,7 @@ from server.control import Control
 from server.coordinator import APP, FILES, PACKAGES, forget_updates, programs, run_coordinator, write_bundle
 from server.home import CoordinatorSettings, Home, write_json
 from server.jobs import Jobs
+from server.logs import MOST_BYTES
 from server.proxy import find_nginx
 
 UPDATE = b"update of a hospital " * 500
@@ -345,6 +346,12 @@ def test_a_running_coordinator_takes_up_sites_runs_and_certificates_and_ends_wit
     home.write_sites({})
     until(lambda: asked() == "401", seconds=20, what="the end of a site that was removed")
     assert home.read_registry() == {}
+
+    logs = [home.proxy / name for name in ("access.log", "error.log")]
+    for log in logs:
+        os.truncate(log, MOST_BYTES + 1)  # nginx goes on behind the hole
+    until(lambda: all(log.with_name(f"{log.name}.00001").exists() for log in logs), seconds=20, what="its logs anew")
+    until(lambda: asked() == "401" and logs[0].exists() and logs[0].stat().st_size > 0, seconds=20, what="a line in it")
 
     jobs.create(home, "trial", {})
     until(lambda: jobs.read(home, "trial").state == "running", seconds=20, what="a run")

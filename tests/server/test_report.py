@@ -257,9 +257,14 @@ def test_numbers_in_a_row_are_a_span() -> None:
 
 def test_bytes_are_those_of_the_proxy_and_a_line_that_was_cut_off_does_not_count(home: Home) -> None:
     assert "From it" not in page_of(home, "plain").text
-    entry = {"site": "site-02", "bytes_in": 1_500_000, "bytes_out": 2_600_000}
-    (home.proxy / "access.log").write_text(f'{json.dumps(entry)}\n{json.dumps(entry)}\n{{"site": "si')
-    assert "site-02 3 of 3 3.0 MB 5.2 MB" in page_of(home, "plain").text
+    entry = {"time": "2026-03-01T00:59:07+02:00", "site": "site-02", "bytes_in": 1_500_000, "bytes_out": 2_600_000}
+    (home.proxy / "access.log.00007").write_text(f"{json.dumps(entry)}\n")
+    (home.proxy / "access.log").write_text(
+        f'{json.dumps(entry | {"time": "2026-03-02T01:00:00+02:00"})}\n{{"site": "si'
+    )
+    text = page_of(home, "plain").text
+    assert "site-02 3 of 3 3.0 MB 5.2 MB" in text
+    assert "of all that the sites did since 2026-02-28 22:59 UTC, not of this run alone" in text
 
 
 def test_what_was_drawn_is_shown_and_whether_it_is_of_this_model(home: Home) -> None:
