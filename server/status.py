@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from mcrage.config import RunConfig
-from mcrage.errors import McrageError
+from mcrage.errors import ConfigError, McrageError
 from mcrage.files import replace_file
+from server.home import read_json
 
 _LOG = logging.getLogger("mcrage.server")
 _ROUNDS_FOR_PACE = 5
@@ -22,9 +23,10 @@ _BEAT_SECONDS = 5.0
 class LiveStatus:
     """``status.json`` of a run: replaced as a whole when something changes, and every few seconds of waiting.
 
-    As a context manager it ends with the state ``done``, or ``failed`` with the error's first line.
+    As a context manager it ends with the state ``done``, with ``stopped`` where ``wish.json`` beside it says that this
+    is wanted (:func:`server.jobs.want`), else with ``failed`` and the error's first line.
 
-    Its fields: ``run``, ``state`` (``waiting for sites``, ``training``, ``done``, ``failed``), ``server_round`` (rounds
+    Its fields: ``run``, ``state`` (``waiting for sites``, ``training``, and those of its end), ``server_round`` (rounds
     that are done), ``num_server_rounds``, ``sites`` (by name a ``state``: ``training``, ``answered``, ``busy`` or
     ``absent``, with its ``reason`` and ``round``), ``seconds_per_round`` (median of the last five), ``eta_seconds``,
     ``started``, ``updated`` (UTC), ``error``; with privacy ``epsilon_planned``, of one site's patients.
@@ -61,6 +63,8 @@ class LiveStatus:
     ) -> None:
         if error is None:
             self.change(state="done")
+        elif self._is_to_stop():  # however Flower ends the process then: by a signal, or by refusing a request
+            self.change(state="stopped")
         else:
             self.change(state="failed", error=_one_line(error))
 
@@ -105,6 +109,14 @@ class LiveStatus:
         pace = median(seconds[-_ROUNDS_FOR_PACE:]) if seconds else None
         eta = None if pace is None else round(pace * left, 1)
         self.change(server_round=server_round, seconds_per_round=pace, eta_seconds=eta)
+
+    def _is_to_stop(self) -> bool:
+        if self._path is None:
+            return False
+        try:
+            return bool(read_json(self._path.with_name("wish.json")).get("wish") == "stop")
+        except ConfigError:
+            return False
 
     def _note(
         self, state: Literal["training", "busy", "absent"], reasons: Mapping[str, str], server_round: int

@@ -18,7 +18,7 @@ from client.journal import verify
 from client.places import JOURNAL
 from client.policy import SitePolicy
 from mcrage.config import Scalar
-from server import sites
+from server import jobs, sites
 from server.proxy import bytes_by_site
 from simulations.deployed import Federation
 
@@ -130,6 +130,24 @@ def test_sigterm_ends_a_daemon_in_the_middle_of_a_round_within_30_seconds(federa
     assert not federation.processes("site-03")
     federation.start_site("site-03")
     assert federation.finished("term").state == "done"
+
+
+def test_a_run_that_is_stopped_says_so_and_goes_on_to_the_same_bytes(
+    federation: Federation, in_one_process: Callable[..., str]
+) -> None:
+    federation.want("halted", local_steps=500, num_server_rounds=3)
+    federation.reached("halted", 1)
+    for site in federation.sites:
+        federation.training("halted", site)
+    jobs.want(federation.home, "halted", "stop")
+    assert federation.finished("halted").state == "stopped"
+    says = lambda: federation.status("halted")["state"]  # noqa: E731
+    federation.wait(lambda: says() not in ("training", "waiting for sites"), seconds=60, what="the end of its process")
+    assert (says(), federation.status("halted")["error"]) == ("stopped", "")
+    jobs.want(federation.home, "halted", "run")
+    federation.wait(lambda: jobs.is_heard(federation.home, "halted"), seconds=30, what="the wish to go on")
+    assert federation.finished("halted").state == "done"
+    assert model_of(federation, "halted") == in_one_process(federation, "halted")
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(federation: Federation, in_one_process: Callable[..., str]) -> None:

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from mcrage.config import RunConfig
 from mcrage.errors import FederationError
+from server import jobs
+from server.home import CoordinatorSettings, Home
 from server.status import LiveStatus
 
 FIELDS = {
@@ -59,6 +61,41 @@ def test_whatever_ends_a_run_stands_there_in_one_line(path: Path, error: BaseExc
     with pytest.raises(type(error)):
         fail()
     assert (told(path)["state"], told(path)["error"]) == ("failed", line)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), RuntimeError("refused"), FederationError("why")])
+@pytest.mark.parametrize("wish", ["stop", "run"])
+def test_a_run_that_was_to_stop_says_that_it_was_stopped(
+    tmp_path: Path, error: BaseException, wish: Literal["stop", "run"]
+) -> None:
+    """However its process came to end: Flower interrupts it, or refuses what it asks for."""
+    home = Home.create(tmp_path / "home", CoordinatorSettings(names=("localhost",)))
+    config = jobs.create(home, "trial", {})
+    path = home.run("trial") / "status.json"
+
+    def end() -> None:
+        with LiveStatus(path, config) as status:
+            status.reached(3, [1.0])
+            jobs.want(home, "trial", wish)
+            raise error
+
+    with pytest.raises(type(error)):
+        end()
+    assert told(path)["server_round"] == 3
+    assert (told(path)["state"], told(path)["error"] == "") == (
+        ("stopped", True) if wish == "stop" else ("failed", False)
+    )
+    jobs.want(home, "trial", "run")
+    with LiveStatus(path, config):
+        assert told(path)["state"] == "waiting for sites"
+    assert told(path)["state"] == "done"
+
+
+def test_a_wish_that_cannot_be_read_is_none(path: Path) -> None:
+    path.with_name("wish.json").write_text("{")
+    with pytest.raises(SystemExit), LiveStatus(path, RunConfig()):
+        raise SystemExit(0)
+    assert told(path)["state"] == "failed"
 
 
 def test_every_site_has_its_state_reason_and_round(path: Path) -> None:
