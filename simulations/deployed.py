@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,11 +150,15 @@ class Federation:
 
     wait = staticmethod(until)
 
-    def all_up(self) -> "Federation":
-        """Starts everything."""
+    def all_up(self, **environments: Mapping[str, str]) -> "Federation":
+        """Starts everything.
+
+        Args:
+            environments: What hospitals have in their environment beside this process's own, by name.
+        """
         self.up()
         for name in self.sites:
-            self.start_site(name)
+            self.start_site(name, **environments.get(name, {}))
         until(lambda: self.online() == set(self.sites), seconds=90, what="all hospitals")
         return self
 

@@ -27,9 +27,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG: dict[str, Scalar] = {"local_steps": 150, "num_server_rounds": 6}
 
 
+# What some hospital has: no home, nowhere for temporary files, another language and time, proxies for the web.
+ODD = {
+    "HOME": "/proc/nowhere",
+    "TMPDIR": "/proc/nowhere",
+    "LC_ALL": "C",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONUTF8": "0",
+    "TZ": "Pacific/Chatham",
+    **{name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY")},
+}
+
+
 @pytest.fixture(scope="module")
 def federation(new_federation: Callable[..., Federation], site_dir: Path) -> Federation:
-    return new_federation(site_dir, num_sites=3, policy=SitePolicy.simulated(declared_patients=84)).all_up()
+    made = new_federation(site_dir, num_sites=3, policy=SitePolicy.simulated(declared_patients=84))
+    return made.all_up(**{"site-03": ODD})
 
 
 def sha256(path: Path) -> str:
