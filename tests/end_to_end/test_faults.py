@@ -97,7 +97,8 @@ def is_done(federation: Federation, run: str, *, seconds: float = 200) -> None:
     assert federation.finished(run, seconds=seconds).state == "done", federation.log("coordinator")[-3000:]
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.soak)])
+@pytest.mark.soak  # test_deployed.py kills it once, and each of its parts
+@pytest.mark.parametrize("times", [2, 5])
 def test_a_coordinator_killed_several_times_in_a_run_repeats_no_round(
     federation: Federation, same_as_undisturbed: Callable[[Federation, str], None], times: int
 ) -> None:
