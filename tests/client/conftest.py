@@ -1,13 +1,17 @@
 """An enrolled hospital with a small table, the bundle of the code that is installed here, and servers on loopback."""
 
 import io
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -18,8 +22,9 @@ import pytest
 
 from client.bundles import INSTALLED, installed_files
 from client.enrolment import enrol
-from client.places import POLICY
+from client.places import JOURNAL, POLICY
 from client.policy import SitePolicy
+from client.runner import Runner
 from client.settings import SiteSettings
 from mcrage.pki import Authority
 
@@ -160,3 +165,37 @@ def site(new_site: NewSite, authority: Authority) -> NewSite:
         return settings
 
     return make
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[[SiteSettings, Callable[[], None]], None]]:
+    """Runs the runner of a site while a script talks to it; ends it then as systemd does."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+
+    def work(settings: SiteSettings, script: Callable[[], None]) -> None:
+        outcome: Future[None] = Future()
+
+        def drive() -> None:
+            try:
+                started = time.monotonic()
+                while not (settings.site.private / JOURNAL).exists():
+                    assert time.monotonic() - started < 60, "not in time"
+                    time.sleep(0.005)
+                script()
+                outcome.set_result(None)
+            except BaseException as error:  # noqa: BLE001  # raised again where the result is asked for
+                outcome.set_exception(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=drive, daemon=True)
+        thread.start()
+        try:
+            Runner(settings).run()
+        finally:
+            signal.signal(signal.SIGTERM, lambda *_: None)  # where it failed, the script's comes too late
+            thread.join()
+        outcome.result()
+
+    yield work
+    for each, handler in before.items():
+        signal.signal(each, handler)

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -170,37 +169,6 @@ def open_node() -> Iterator[OpenNode]:
     yield start
     for node in made:
         node.close()
-
-
-@pytest.fixture
-def run() -> Iterator[Run]:
-    """Runs the runner of a site while a script talks to it; ends it then as systemd does."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-
-    def work(settings: SiteSettings, script: Callable[[], None]) -> None:
-        outcome: Future[None] = Future()
-
-        def drive() -> None:
-            try:
-                until((settings.site.private / JOURNAL).exists)
-                script()
-                outcome.set_result(None)
-            except BaseException as error:  # noqa: BLE001  # raised again where the result is asked for
-                outcome.set_exception(error)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        thread = threading.Thread(target=drive, daemon=True)
-        thread.start()
-        try:
-            Runner(settings).run()
-        finally:
-            signal.signal(signal.SIGTERM, lambda *_: None)  # where it failed, the script's comes too late
-            thread.join()
-        outcome.result()
-
-    yield work
-    for each, handler in before.items():
-        signal.signal(each, handler)
 
 
 def workers_of(settings: SiteSettings) -> set[int]:
