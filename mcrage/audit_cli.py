@@ -34,6 +34,8 @@ def run(  # noqa: PLR0913 — one per option
     draws: Annotated[int, typer.Option(min=2, help="Noise levels per patient and step; even.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each charged to the ledger by itself.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 200,
+    sites: Annotated[int, typer.Option(min=1, help="Sites that share the noise; 1 for noise of a site's own.")] = 1,
+    colluders: Annotated[int, typer.Option(min=1, help="Sites that tell what noise they added.")] = 1,
     seed: Annotated[int, typer.Option(help="Root of all randomness.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -51,6 +53,8 @@ def run(  # noqa: PLR0913 — one per option
         draws=draws,
         rounds=rounds,
         steps_per_round=steps,
+        sites=sites,
+        colluders=colluders,
         seed=seed,
     )
     _say(f"training with {canaries:,} canaries and {records:,} made-up records for {rounds * steps:,} steps")

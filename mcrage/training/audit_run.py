@@ -9,7 +9,7 @@ weights. A batch of B patients with K draws each gives B·K rows, the draws of a
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,16 @@ from mcrage.errors import ConfigError, LedgerError
 from mcrage.privacy.accounting import default_delta
 from mcrage.privacy.audit import AuditReport, Seen, judge
 from mcrage.privacy.bounds import Included
+from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import derive
 from mcrage.privacy.ledger import Limits, PrivacyLedger
+from mcrage.privacy.masking import MaskKey, opened
+from mcrage.privacy.noise import GaussianNoise
 from mcrage.privacy.sampling import KeyedDraws, Patients
-from mcrage.training.optimisers import TrainingConfig
+from mcrage.privacy.shared import SharedNoise, as_words
+from mcrage.training.optimisers import Optimisers, TrainingConfig
 from mcrage.training.private import DPSGDConfig, PatientRows, RoundKeys, train_privately
+from mcrage.training.shared import descend, noisy_sum, num_gradients
 
 _STRENGTH = 5.0  # of a canary's gradient, in clipping norms: clipping has something to do
 
@@ -51,6 +56,9 @@ class AuditConfig:
         draws: Of each patient in a step; even, so that a canary can pull at a weight and leave the bias alone.
         rounds, steps_per_round: Length of the training; each round is a charge of its own.
         width, depth: Of the network.
+        sites: How many share the noise (:mod:`mcrage.privacy.shared`); the records and canaries are at the first of
+            them, and what is seen is the opened sum. 1 for noise of a site's own.
+        colluders: How many of them tell what noise they added: it is taken off again.
         seed: Of records, coins and noise: they protect nobody here.
     """
 
@@ -64,6 +72,8 @@ class AuditConfig:
     steps_per_round: int = 200
     width: int = 128
     depth: int = 1
+    sites: int = 1
+    colluders: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +83,25 @@ class AuditConfig:
         for name in ("records", "rounds", "steps_per_round"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.sites != 1 and not 1 <= self.colluders < self.sites:
+            raise ConfigError(f"of {self.sites} sites 1 to all but one may collude, got {self.colluders}")
+
+    @property
+    def shared(self) -> SharedNoise | None:
+        """The noise, where it is shared."""
+        if self.sites == 1:
+            return None
+        return SharedNoise(
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=self.max_grad_norm,
+            sites=self.sites,
+            colluders=self.colluders,
+        )
+
+    def event(self, steps: int) -> PrivacyEvent:
+        """What this many steps are to the ledger."""
+        own = 0.0 if self.shared is None else self.shared.own_multiplier
+        return replace(self.privacy.event(steps), own_noise=own)
 
     @property
     def privacy(self) -> DPSGDConfig:
@@ -111,13 +140,16 @@ def audit(config: AuditConfig, *, ledger: PrivacyLedger) -> AuditReport:
             steps = range(number * config.steps_per_round, (number + 1) * config.steps_per_round)
             release = hashlib.sha256(f"audit, round {number}".encode()).digest()
             ledger.charge(
-                [privacy.event(len(steps))],
+                [config.event(len(steps))],
                 key=release.hex(),
                 run="audit",
                 task="train",
                 dataset=f"seed {config.seed}",
                 limits=limits,
             )
+            if config.shared is not None:
+                _train_together(site, config, secret=secret, release=release, steps=steps)
+                continue
             train_privately(
                 site.network,
                 site.diffusion,
@@ -130,6 +162,37 @@ def audit(config: AuditConfig, *, ledger: PrivacyLedger) -> AuditReport:
     finally:
         hook.remove()
     return judge(observer.seen(site, included), ledger.events, delta=delta)
+
+
+def _train_together(site: "_Site", config: AuditConfig, *, secret: bytes, release: bytes, steps: range) -> None:
+    """Steps with shared noise; the other sites have no patients, and the last ones tell what noise they added."""
+    shared, size = config.shared, num_gradients(site.network)
+    assert shared is not None
+    moved = Optimisers(site.network, TrainingConfig(total_steps=config.rounds * config.steps_per_round))
+    keys = {f"site-{number:03d}": MaskKey(derive(secret, number), b"audit") for number in range(config.sites)}
+    peers = {name: key.public for name, key in keys.items()}
+    for step in steps:
+        asked = derive(secret, "step", release, step)
+        sent, told = [], np.zeros(size, dtype=np.int64)
+        for number, (name, key) in enumerate(keys.items()):
+            noise = derive(asked, "noise", number)
+            if number:
+                part = shared.share(torch.zeros(size), GaussianNoise(noise))
+            else:
+                part = noisy_sum(
+                    site.network,
+                    site.diffusion,
+                    site.rows,
+                    privacy=config.privacy,
+                    shared=shared,
+                    keys=RoundKeys(derive(asked, "sampling"), noise),
+                    step=step,
+                )
+            if number >= config.sites - config.colluders:
+                told += part
+            sent.append(as_words(part) + key.mask(size, site=name, peers=peers, context=asked))
+        seen = shared.value((opened(sent) - told).astype(np.int32))
+        descend(moved, seen / (config.sample_rate * config.privacy.patients), step=step)
 
 
 class _Observer:

@@ -60,7 +60,7 @@ class Optimisers:
 
     def __init__(self, network: RowNetwork, config: TrainingConfig) -> None:
         self._config = config
-        self.parts = flat_parts(network)
+        self.parts = [Flat(part) for part in parts_of(network)]
         self.denoiser, *of_label = self.parts
         self._optimisers = [(_adam(self.denoiser, config.weight_decay), config.learning_rate)]
         if of_label:
@@ -97,14 +97,11 @@ class Optimisers:
             optimiser.load_state_dict({"state": {0: tensors} if tensors else {}, "param_groups": groups})
 
 
-def flat_parts(network: RowNetwork) -> "list[Flat]":
-    """The parts of a network, each in one vector: the denoiser, then of the label model the weights and the rest."""
-    parts = [Flat(network.denoiser)]
-    if network.label is not None:
-        parts.append(Flat(network.label.weights))
-        if network.label.interactions is not None:
-            parts.append(Flat(network.label.interactions))
-    return parts
+def parts_of(network: RowNetwork) -> list[torch.nn.Module]:
+    """What is moved each in its own way: the denoiser, then of the label model the weights and the hidden layer."""
+    label = network.label
+    of_label = [] if label is None else [label.weights, label.interactions]
+    return [network.denoiser, *(part for part in of_label if part is not None)]
 
 
 class Flat:

@@ -8,7 +8,7 @@ from mcrage.diffusion.network import RowNetwork
 from mcrage.diffusion.tabular import TabularDiffusion
 from mcrage.privacy.noise import GaussianNoise
 from mcrage.privacy.shared import SharedNoise
-from mcrage.training.optimisers import Optimisers, flat_parts
+from mcrage.training.optimisers import Optimisers, parts_of
 from mcrage.training.private import DPSGDConfig, PatientGradients, PatientRows, RoundKeys
 
 
@@ -27,7 +27,7 @@ def noisy_sum(
     *Guarantee*: :class:`~mcrage.privacy.shared.SharedNoise`, for whoever sees the sum over all sites.
 
     Args:
-        network: Its parameters stay.
+        network: Its parameters stay, its gradients do not.
         diffusion: Loss of its denoiser.
         rows: Of the site's patients.
         privacy: Sampling and clipping; the noise is that of ``shared``.
@@ -36,22 +36,22 @@ def noisy_sum(
         step: Global number of the step.
 
     Returns:
-        Steps of the lattice, one per parameter, in the order of :func:`~mcrage.training.optimisers.flat_parts`.
+        Steps of the lattice, one per parameter, in the order of :func:`~mcrage.training.optimisers.parts_of`.
     """
-    parts = flat_parts(network)
-    for part in parts:
-        part.gradient.zero_()
+    network.zero_grad(set_to_none=False)  # they may be parts of one vector
     gradients = PatientGradients(network, diffusion, rows, privacy=privacy, key=keys.sampling)
     try:
         gradients.add(step)
     finally:
         gradients.close()
-    return shared.share(torch.cat([part.gradient for part in parts]), GaussianNoise(keys.noise))
+    parameters = [parameter for part in parts_of(network) for parameter in part.parameters()]
+    summed = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    return shared.share(torch.nn.utils.parameters_to_vector(summed), GaussianNoise(keys.noise))
 
 
 def num_gradients(network: RowNetwork) -> int:
     """How many numbers a site's part has."""
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for part in parts_of(network) for parameter in part.parameters())
 
 
 def descend(optimisers: Optimisers, mean_gradient: torch.Tensor, *, step: int) -> None:

@@ -23,7 +23,8 @@ from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.ledger import Charge, PrivacyLedger
 from mcrage.privacy.noise import GaussianNoise
 from mcrage.privacy.sampling import KeyedDraws
-from mcrage.training import private
+from mcrage.privacy.shared import SharedNoise
+from mcrage.training import audit_run, private
 from mcrage.training.audit_run import SCHEMA, AuditConfig, _Denoiser, audit
 
 SMALL = {"records": 20, "width": 8, "rounds": 2, "steps_per_round": 100}
@@ -117,6 +118,44 @@ def test_a_training_with_a_broken_piece_is_found_out(
     assert found <= set(run(noise_multiplier=noise, **SMALL).failed)
 
 
+TOGETHER = SMALL | {"sites": 4, "colluders": 2, "canaries": 600}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [MUCH, LITTLE])
+def test_a_training_with_shared_noise_does_what_its_ledger_says(run: Audit, noise: float) -> None:
+    report = run(noise_multiplier=noise, **TOGETHER)
+    assert report.failed == ()
+    assert {event.own_noise for event in report.events} == {noise / 2**0.5}
+
+
+class SharesUntold(SharedNoise):
+    """Noise for all sites together, as if none could take its own off again."""
+
+    @property
+    def own_multiplier(self) -> float:
+        return self.noise_multiplier / self.sites**0.5
+
+
+class OneForgets(SharedNoise):
+    """Of the honest sites every second one, which is one of two here, adds nothing."""
+
+    _asked = 0
+
+    def share(self, total: Tensor, noise: GaussianNoise) -> Any:
+        OneForgets._asked += 1
+        added = super().share(total, noise)
+        is_forgetful = OneForgets._asked % self.sites == 2  # the second site of each step
+        return added * 0 if is_forgetful else added
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [SharesUntold, OneForgets])
+def test_a_share_that_is_missing_is_found_out(run: Audit, monkeypatch: pytest.MonkeyPatch, broken: type) -> None:
+    monkeypatch.setattr(audit_run, "SharedNoise", broken)
+    assert {"noise"} <= set(run(noise_multiplier=MUCH, **TOGETHER).failed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [MUCH, LITTLE])
 def test_rounds_that_were_not_charged_are_found_out(run: Audit, noise: float) -> None:
@@ -166,9 +205,15 @@ def test_a_ledger_with_charges_is_left_alone(run: Audit, tmp_path: Path) -> None
         audit(AuditConfig(), ledger=used)
 
 
-@pytest.mark.parametrize("wrong", [{"canaries": 7}, {"draws": 1}, {"records": 0}, {"rounds": 0}])
+_TWO = {"sites": 2, "colluders": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [_TWO, {"canaries": 7}, {"draws": 1}, {"records": 0}, {"rounds": 0}, {"sites": 0}, {"sites": 2, "colluders": 2}],
+)
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
+    with pytest.raises(ConfigError, match=next(reversed(wrong)).removesuffix("ers")):
         AuditConfig(**wrong)
 
 
