@@ -1,8 +1,12 @@
 """A checkpoint after every round: complete or not there, checked when it is read, and the one before it kept as well.
 
-A checkpoint is a folder ``round-00012`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``, the last
-of which has the SHA-256 of the others. It is written under another name, synced and renamed, so that a crash at any
-point leaves the checkpoints before it as they were.
+A checkpoint is a folder ``round-00012`` with ``tensors.safetensors``, ``state.json``, ``history.jsonl`` and
+``manifest.json``, the last of which has the length and SHA-256 of the others. It is written under another name, synced
+and renamed, so that a crash at any point leaves the checkpoints before it as they were.
+
+The history grows with every round. Its file is therefore handed on from the checkpoint that is removed, two rounds
+before, and only appended to: what stands behind the length in a manifest is of a later round. The two checkpoints that
+are kept share no file, so what damages one of them leaves the other.
 """
 
 import hashlib
@@ -24,7 +28,7 @@ from mcrage.errors import CheckpointError, ConfigError, FederationError
 from mcrage.files import lock_file
 
 _LOG = logging.getLogger("mcrage.server")
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_TENSORS, _STATE, _HISTORY, _MANIFEST = "tensors.safetensors", "state.json", "history.jsonl", "manifest.json"
 _KEPT = 2
 LOCK = ".lock"
 
@@ -96,11 +100,12 @@ class CheckpointFolder:
         for abandoned in self.folder.glob(".round-*"):
             shutil.rmtree(abandoned)
         draft.mkdir(parents=True)
-        contents = {_TENSORS: save(_joined(checkpoint)), _STATE: _state_json(checkpoint)}
-        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        contents[_MANIFEST] = json.dumps(hashes).encode()
-        for name, content in contents.items():
-            _write_synced(draft / name, content)
+        contents = {_TENSORS: save(_joined(checkpoint)), _STATE: _state_json(checkpoint), _HISTORY: _lines(checkpoint)}
+        manifest = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in contents.items()}
+        _write_synced(draft / _TENSORS, contents[_TENSORS])
+        _write_synced(draft / _STATE, contents[_STATE])
+        _write_history(draft / _HISTORY, contents[_HISTORY], self._outgoing(final))
+        _write_synced(draft / _MANIFEST, json.dumps(manifest).encode())
         _sync_folder(draft)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
@@ -132,6 +137,12 @@ class CheckpointFolder:
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("round-*"))
 
+    def _outgoing(self, final: Path) -> Path | None:
+        """The newest checkpoint that will be removed once this one is there."""
+        found = self._found()
+        kept = sorted({*found, final})[-_KEPT:]
+        return next((path for path in reversed(found) if path not in kept), None)
+
 
 def _joined(checkpoint: Checkpoint) -> Arrays:
     parts = {
@@ -144,27 +155,64 @@ def _joined(checkpoint: Checkpoint) -> Arrays:
 
 def _state_json(checkpoint: Checkpoint) -> bytes:
     state = {
-        "format": 1,
+        "format": 2,
         "server_round": checkpoint.server_round,
         "num_server_rounds": checkpoint.num_server_rounds,
         "run_fingerprint": checkpoint.run_fingerprint,
         "description": checkpoint.description,
-        "history": list(checkpoint.history),
         "site_counts": dict(checkpoint.site_counts),
     }
     return json.dumps(state).encode()
 
 
-def _read(path: Path) -> Checkpoint:
+def _lines(checkpoint: Checkpoint) -> bytes:
+    return "".join(f"{json.dumps(record)}\n" for record in checkpoint.history).encode()
+
+
+def _write_history(path: Path, content: bytes, outgoing: Path | None) -> None:
+    """Writes the history, by handing on the file of a checkpoint that will be removed if it begins with the same."""
+    known = b"" if outgoing is None else _history_alone(outgoing)
+    shared = len(known) if content.startswith(known) else 0
+    if outgoing is not None and shared:
+        try:
+            path.hardlink_to(outgoing / _HISTORY)
+        except OSError:  # a file system without links
+            shared = 0
+    with path.open("r+b" if shared else "xb") as file:
+        file.truncate(shared)  # behind it stands what a save left that a crash cut off
+        file.seek(shared)
+        file.write(content[shared:])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _history_alone(checkpoint: Path) -> bytes:
+    """A checkpoint's history; nothing if it is damaged, or its file is also that of another folder, such as a copy."""
     try:
-        hashes = dict(json.loads((path / _MANIFEST).read_bytes()))
-        contents = {name: (path / name).read_bytes() for name in (_TENSORS, _STATE)}
-    except (OSError, TypeError, ValueError):
+        is_alone = (checkpoint / _HISTORY).stat().st_nlink == 1
+        return _verified(checkpoint, _HISTORY) if is_alone else b""
+    except (OSError, CheckpointError):
+        return b""
+
+
+def _verified(path: Path, name: str) -> bytes:
+    """What a file of a checkpoint had in it when that was written.
+
+    Raises:
+        CheckpointError: If it is damaged or missing.
+    """
+    try:
+        told = json.loads((path / _MANIFEST).read_bytes())[name]
+        content, sha256 = (path / name).read_bytes()[: told["bytes"]], told["sha256"]
+    except (OSError, LookupError, TypeError, ValueError):
         raise CheckpointError(f"checkpoint '{path.name}' is not complete") from None
-    for name, content in contents.items():
-        if hashes.get(name) != hashlib.sha256(content).hexdigest():
-            raise CheckpointError(f"checkpoint '{path.name}': '{name}' is not what was written")
-    state, tensors = json.loads(contents[_STATE]), load(contents[_TENSORS])
+    if sha256 != _sha256(content):
+        raise CheckpointError(f"checkpoint '{path.name}': '{name}' is not what was written")
+    return content
+
+
+def _read(path: Path) -> Checkpoint:
+    state, tensors = json.loads(_verified(path, _STATE)), load(_verified(path, _TENSORS))
     return Checkpoint(
         server_round=state["server_round"],
         num_server_rounds=state["num_server_rounds"],
@@ -173,13 +221,17 @@ def _read(path: Path) -> Checkpoint:
         parameters=_part(tensors, "parameters/"),
         average=_part(tensors, "average/"),
         strategy_state=_part(tensors, "strategy/"),
-        history=tuple(state["history"]),
+        history=tuple(json.loads(line) for line in _verified(path, _HISTORY).splitlines()),
         site_counts=state["site_counts"],
     )
 
 
 def _part(tensors: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

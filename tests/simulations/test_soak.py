@@ -28,7 +28,7 @@ from server.rounds import run_federation
 from simulations.grid import InProcessGrid
 
 SETTLED = 3  # rounds after which caches are full and every file has its place
-RECORDS = {"metrics.jsonl": 150, "state.json": 250, "ledger.sqlite": 2048}  # bytes per site and round
+RECORDS = {"metrics.jsonl": 150, "history.jsonl": 250, "ledger.sqlite": 2048}  # bytes per site and round
 OTHERS = 4096  # bytes by which all other files together may grow: numbers become longer
 PRIVATE = {"dp": True, "dp_noise_multiplier": 2.0, "dp_sample_rate": 0.5, "dp_draws": 1}
 
