@@ -1,12 +1,23 @@
-"""A federation in which nodes are slow, gone or new, as a test wants it."""
+"""A federation in which nodes are slow, gone or new, as a test wants it; a coordinator with its real SuperLink."""
 
-from collections.abc import Callable, Iterable, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
+from mcrage.errors import FederationError
+from mcrage.pki import Authority
+from mcrage.supervision import end, start
+from server.control import Control
+from server.coordinator import programs
+from server.home import CoordinatorSettings, Home
+from simulations.deployed import free_port
 from simulations.grid import InProcessGrid
 
 
@@ -71,3 +82,39 @@ def node_unavailable(reply: Message) -> Message:
 def staged_grid() -> type[StagedGrid]:
     """The class of such a federation."""
     return StagedGrid
+
+
+@pytest.fixture(scope="session")
+def new_home() -> Callable[[Path], Home]:
+    """Makes a coordinator's folder with keys, whose ports are free."""
+
+    def new(folder: Path) -> Home:
+        listen = f"127.0.0.1:{free_port()}"
+        home = Home.create(folder, CoordinatorSettings(names=("localhost",), listen=listen, superlink_port=free_port()))
+        Authority.create(home.pki, name="test").issue_server(["localhost"])
+        return home
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def superlink_of() -> Callable[[Home], AbstractContextManager[Control]]:
+    """Runs the SuperLink of a coordinator's folder, alone."""
+
+    @contextmanager
+    def run(home: Home) -> Iterator[Control]:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = start(programs(home, home.settings, ["nginx"])[0], **quiet)
+        control, deadline = Control(home.settings.superlink_port, home.pki / "ca.crt"), time.monotonic() + 60
+        while True:
+            try:
+                control.nodes()
+                break
+            except FederationError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield control
+        control.close()
+        end(process, seconds=20)
+
+    return run

@@ -1,13 +1,10 @@
 """The Control API of a real SuperLink, and of servers that answer as none should."""
 
 import json
-import socket
 import ssl
-import subprocess
-import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,17 +18,14 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from mcrage.errors import ConfigError, FederationError
 from mcrage.pki import Authority
-from mcrage.supervision import end, start
 from server.control import Control, Node
-from server.coordinator import programs, write_bundle
-from server.home import CoordinatorSettings, Home
+from server.coordinator import write_bundle
+from server.home import Home
+from simulations.deployed import free_port
 
+NewHome = Callable[[Path], Home]
+SuperLinkOf = Callable[[Home], AbstractContextManager[Control]]
 ANSWER = "the name of a patient"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def new_key() -> str:
@@ -39,28 +33,14 @@ def new_key() -> str:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    settings = CoordinatorSettings(names=("localhost",), superlink_port=free_port())
-    home = Home.create(tmp_path_factory.mktemp("control") / "home", settings)
-    Authority.create(home.pki, name="test").issue_server(["localhost"])
-    return home
+def home(tmp_path_factory: pytest.TempPathFactory, new_home: NewHome) -> Home:
+    return new_home(tmp_path_factory.mktemp("control") / "home")
 
 
 @pytest.fixture(scope="module")
-def control(home: Home) -> Iterator[Control]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    superlink = start(programs(home, home.settings, ["nginx"])[0], **quiet)
-    control, deadline = Control(home.settings.superlink_port, home.pki / "ca.crt"), time.monotonic() + 60
-    while True:
-        try:
-            control.nodes()
-            break
-        except FederationError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    yield control
-    control.close()
-    end(superlink, seconds=20)
+def control(home: Home, superlink_of: SuperLinkOf) -> Iterator[Control]:
+    with superlink_of(home) as control:
+        yield control
 
 
 @pytest.fixture(scope="module")

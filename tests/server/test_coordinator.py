@@ -13,7 +13,7 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from mcrage.errors import ConfigError, FederationError
+from mcrage.errors import ConfigError
 from mcrage.files import lock_file
 from mcrage.pki import Authority, site_request
 from mcrage.signing import as_extension, public_key
-from mcrage.supervision import end, start
 from server import coordinator, jobs, sites
 from server.control import Control
 from server.coordinator import APP, FILES, PACKAGES, forget_updates, programs, run_coordinator, write_bundle
@@ -35,32 +34,17 @@ from server.home import CoordinatorSettings, Home, write_json
 from server.jobs import Jobs
 from server.logs import MOST_BYTES
 from server.proxy import find_nginx
+from simulations.deployed import free_port, until
+
+NewHome = Callable[[Path], Home]
+SuperLinkOf = Callable[[Home], AbstractContextManager[Control]]
 
 UPDATE = b"update of a hospital " * 500
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def new_home(folder: Path) -> Home:
-    listen = f"127.0.0.1:{free_port()}"
-    home = Home.create(folder, CoordinatorSettings(names=("localhost",), listen=listen, superlink_port=free_port()))
-    Authority.create(home.pki, name="test").issue_server(["localhost"])
-    return home
-
-
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
+def home(tmp_path: Path, new_home: NewHome) -> Home:
     return new_home(tmp_path / "home")
-
-
-def until(is_so: Callable[[], object], *, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
 
 
 def refusal(home: Home) -> str:
@@ -179,26 +163,14 @@ def test_secrets_stand_on_no_command_line_and_in_no_environment(home: Home) -> N
 
 
 @pytest.fixture(scope="module")
-def live_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def live_home(tmp_path_factory: pytest.TempPathFactory, new_home: NewHome) -> Home:
     return new_home(tmp_path_factory.mktemp("superlink") / "home")
 
 
 @pytest.fixture(scope="module")
-def superlink(live_home: Home) -> Iterator[Control]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = start(programs(live_home, live_home.settings, ["nginx"])[0], **quiet)
-    control = Control(live_home.settings.superlink_port, live_home.pki / "ca.crt")
-    until(lambda: answers(control), seconds=60, what="the SuperLink")
-    yield control
-    control.close()
-    end(process, seconds=20)
-
-
-def answers(control: Control) -> bool:
-    with suppress(FederationError):
-        control.nodes()
-        return True
-    return False
+def superlink(live_home: Home, superlink_of: SuperLinkOf) -> Iterator[Control]:
+    with superlink_of(live_home) as control:
+        yield control
 
 
 def test_a_real_superlink_takes_a_run_and_gives_it_up(live_home: Home, superlink: Control) -> None:

@@ -26,6 +26,7 @@ from mcrage.errors import ConfigError
 from mcrage.pki import Authority, describe, site_request
 from server.doctor import ASKED, Probe, is_production, probe
 from server.proxy import Proxy, ProxySite
+from simulations.deployed import free_port
 
 Files = dict[str, Path | None]
 NOTHING: Files = {"ca": None, "certificate": None, "key": None}
@@ -44,11 +45,6 @@ class Servers(NamedTuple):
     @property
     def stranger(self) -> Files:
         return NOTHING | {"ca": self.authority.folder / "ca.crt"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import http.client
 import json
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from mcrage.errors import ConfigError
 from mcrage.pki import Authority, describe, site_request
 from server.logs import NUM_OLD, files_of, lines_of, rotate
 from server.proxy import Proxy, ProxySite, bytes_by_site, counted_since
+from simulations.deployed import free_port
 
 KEY = "A" * 64
 
@@ -45,11 +45,6 @@ class Nginx(NamedTuple):
     def has_begun_anew(self) -> bool:
         """Whether it has opened its logs again."""
         return all((self.proxy.folder / name).exists() for name in ("access.log", "error.log"))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def until(is_so: object, *, seconds: float = 30.0) -> None:

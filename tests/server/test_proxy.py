@@ -35,6 +35,7 @@ from mcrage.errors import ConfigError
 from mcrage.pki import Authority, describe, site_request
 from server import proxy as proxy_module
 from server.proxy import FLEET_PATHS, Proxy, ProxySite, bytes_by_site, find_nginx
+from simulations.deployed import free_port
 
 PATH = "/v1/fleet/get-run"
 PROTOBUF = {"Content-Type": "application/protobuf"}
@@ -67,11 +68,6 @@ def enrol(authority: Authority, name: str = "alpha", at: datetime | None = None)
     node_key: Any = load_pem_private_key(made.key_pem, None)
     header = b64encode(public_key_to_bytes(node_key.public_key())).decode()
     return Site(ProxySite(name, (describe(certificate).serial,), (header,)), context, header, node_key)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import hashlib
 import os
-import socket
-import subprocess
-import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -19,53 +17,32 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from mcrage.errors import ConfigError, FederationError
 from mcrage.files import lock_file
-from mcrage.pki import Authority, SiteRequest, describe, site_request, verify
+from mcrage.pki import SiteRequest, describe, site_request, verify
 from mcrage.signing import as_extension, public_key
-from mcrage.supervision import end, start
 from server import sites
 from server.control import Control
-from server.coordinator import programs
 from server.home import CoordinatorSettings, Home
 from server.registry import read_registry
 
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def new_home(folder: Path) -> Home:
-    home = Home.create(folder / "home", CoordinatorSettings(names=("localhost",), superlink_port=free_port()))
-    Authority.create(home.pki, name="test").issue_server(["localhost"])
-    return home
+NewHome = Callable[[Path], Home]
+SuperLinkOf = Callable[[Home], AbstractContextManager[Control]]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return new_home(tmp_path)
+def home(tmp_path: Path, new_home: NewHome) -> Home:
+    return new_home(tmp_path / "home")
 
 
 @pytest.fixture(scope="module")
-def live_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def live_home(tmp_path_factory: pytest.TempPathFactory, new_home: NewHome) -> Home:
     """The folder of a SuperLink that runs, without any site."""
-    return new_home(tmp_path_factory.mktemp("sites"))
+    return new_home(tmp_path_factory.mktemp("sites") / "home")
 
 
 @pytest.fixture(scope="module")
-def superlink(live_home: Home) -> Iterator[Control]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = start(programs(live_home, live_home.settings, ["nginx"])[0], **quiet)
-    control, deadline = Control(live_home.settings.superlink_port, live_home.pki / "ca.crt"), time.monotonic() + 60
-    while True:
-        try:
-            control.nodes()
-            break
-        except FederationError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    yield control
-    control.close()
-    end(process, seconds=20)
+def superlink(live_home: Home, superlink_of: SuperLinkOf) -> Iterator[Control]:
+    with superlink_of(live_home) as control:
+        yield control
 
 
 @pytest.fixture
