@@ -74,11 +74,7 @@ class NumericCoding:
             values = unscale_position(np.clip((z / np.sqrt(3.0) + 1.0) / 2.0, 0.0, 1.0), column)
         else:
             values = np.interp(ndtr(z), self._cumulative(), cell_edges(column))
-        if column.step:
-            values = np.round(values / column.step) * column.step
-            if column.decimals is not None:
-                values = np.round(values, column.decimals)
-        return np.clip(values, column.low, column.high)
+        return kept(values, column)
 
     def bounds(self, low: float, high: float) -> tuple[float, float]:
         """Model numbers between which every value of [low, high] lies, for conditions on a bin."""
@@ -90,6 +86,27 @@ class NumericCoding:
         assert self.density is not None
         share = self.density / self.density.sum()
         return np.concatenate([[0.0], np.cumsum((1 - _FLOOR) * share + _FLOOR / len(share))])
+
+
+def kept(values: Floats, column: Column) -> Floats:
+    """Values as a column keeps them: rounded as the schema says, and inside the bounds."""
+    if column.step:
+        values = np.round(values / column.step) * column.step
+        if column.decimals is not None:
+            values = np.round(values, column.decimals)
+    return np.asarray(np.clip(values, column.low, column.high))
+
+
+def in_cells(cells: NDArray[np.int64], place: Floats, column: Column) -> Floats:
+    """Values at a place within cells of the histogram.
+
+    Args:
+        cells: Cells of :func:`cell_edges`, by row.
+        place: Where in each, in [0, 1).
+        column: Its place in the schema.
+    """
+    edges = cell_edges(column)
+    return kept(edges[cells] + place * (edges[cells + 1] - edges[cells]), column)
 
 
 def scale_position(values: Floats, column: Column) -> Floats:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcrage.data.coding import NumericCoding, is_coded
+from mcrage.data.conditions import asked_levels
 from mcrage.data.covariates import Covariates
-from mcrage.data.groups import bin_range, group_codes, level_code, numbers
+from mcrage.data.groups import bin_range, group_codes, numbers
 from mcrage.data.marginals import Marginals, cell_codes, coded_levels
-from mcrage.data.repair import refuse_forbidden, rule_problems
+from mcrage.data.repair import rule_problems
 from mcrage.data.schema import Column, TableSchema
 from mcrage.data.series import level_series, numeric_series
-from mcrage.errors import DataError, Problem, SamplingError
+from mcrage.errors import DataError, Problem
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,7 @@ class TableTransform:
         Raises:
             SamplingError: If a name is not an attribute, a level does not exist or the schema's rules forbid it.
         """
-        asked = _condition_codes(rows, conditions, self.schema)
-        refuse_forbidden(asked, self.schema)
+        asked = asked_levels(rows, conditions, self.schema)
         codes = np.full((rows, len(self.blocks)), -1, dtype=np.int64)
         low = np.full((rows, len(self.codings)), -np.inf, dtype=np.float32)
         high = np.full_like(low, np.inf)
@@ -319,28 +319,3 @@ def _density(column: Column, marginals: Marginals | None) -> NDArray[np.float64]
     if marginals is None or marginals[column.name][:-1].sum() == 0:
         return None
     return marginals[column.name][:-1]
-
-
-def _condition_codes(
-    rows: int, conditions: Mapping[str, object] | pd.DataFrame | None, schema: TableSchema
-) -> NDArray[np.int64]:
-    codes = np.full((rows, len(schema.attributes)), -1, dtype=np.int64)
-    if conditions is None:
-        return codes
-    names = [column.name for column in schema.attributes]
-    unknown = [str(name) for name in conditions if name not in names]
-    if unknown:
-        raise SamplingError(f"rows cannot be asked for by {', '.join(unknown)}; they can by {', '.join(names)}")
-    if isinstance(conditions, pd.DataFrame) and len(conditions) != rows:
-        raise SamplingError(f"asked for {rows} rows with conditions for {len(conditions)}")
-    for name, given in conditions.items():
-        place = names.index(str(name))
-        column = schema.attributes[place]
-        if isinstance(given, pd.Series):
-            uniques, inverse = np.unique(given.astype(object).where(given.notna(), None).map(str), return_inverse=True)
-            lookup = {str(value): value for value in given.dropna().unique()}
-            table = [level_code(column, lookup[text]) if text in lookup else -1 for text in uniques]
-            codes[:, place] = np.array(table, dtype=np.int64)[inverse]
-        else:
-            codes[:, place] = level_code(column, given)
-    return codes

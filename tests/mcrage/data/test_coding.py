@@ -10,12 +10,14 @@ from mcrage.data.coding import (
     NumericCoding,
     cell_edges,
     has_cell_per_value,
+    in_cells,
     is_coded,
+    kept,
     scale_position,
     spread,
     unscale_position,
 )
-from mcrage.data.marginals import exact_cells
+from mcrage.data.marginals import cell_codes, exact_cells
 from mcrage.data.schema import Column
 from mcrage.data.series import numeric_series
 
@@ -158,3 +160,13 @@ def test_cells_that_cut_a_rounding_interval_would_not_keep_it() -> None:
     assert abs((drawn == 0).mean() - 0.2) < 0.01  # decoding alone is fine; encoding is not
     probability = np.interp(values + draw.uniform(-0.5, 0.5, 20_000), even, cumulative)
     assert (probability[values == 0] < 1e-6).mean() > 0.3
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+def test_a_value_at_a_place_in_a_cell_is_in_that_cell_and_as_the_column_keeps_it(column: Column) -> None:
+    cells = np.arange(len(cell_edges(column)) - 1)
+    for place in (0.001, 0.5, 0.999):
+        values = in_cells(cells, np.full(len(cells), place), column)
+        assert ((column.low <= values) & (values <= column.high)).all()
+        np.testing.assert_array_equal(cell_codes(pd.Series(values), column), cells)
+        np.testing.assert_array_equal(values, kept(values, column))
