@@ -244,7 +244,7 @@ def noisy_scores(
     groups = tuple(_groups(schema.sensitive))
     exact = np.bincount(cells, minlength=2 * len(groups) * (len(edges) - 1))
     noise_key = derive(key, "scores", event.to_json(), schema.fingerprint, json.dumps(edges))
-    return NoisyScores(counts=_with_noise(exact, event=event, key=noise_key), groups=groups, edges=edges)
+    return NoisyScores(counts=with_noise(exact, event=event, key=noise_key), groups=groups, edges=edges)
 
 
 def received_scores(histogram: NDArray[np.floating], schema: TableSchema, *, epsilon: float) -> NoisyScores:
@@ -270,7 +270,7 @@ def _noisy_groups(table: pd.DataFrame, schema: TableSchema, *, epsilon: float, k
     event = group_counts_event(schema, epsilon=epsilon)
     cells = _group_cells(table.iloc[patient_rows(table, schema, key=key)], schema.attributes)
     exact = np.bincount(cells[cells >= 0], minlength=_num_groups(schema.attributes))
-    return _with_noise(exact, event=event, key=derive(key, "groups", event.to_json(), schema.fingerprint))
+    return with_noise(exact, event=event, key=derive(key, "groups", event.to_json(), schema.fingerprint))
 
 
 def _noisy_columns(table: pd.DataFrame, schema: TableSchema, *, noise: float, key: bytes) -> NoisyCounts:
@@ -279,10 +279,17 @@ def _noisy_columns(table: pd.DataFrame, schema: TableSchema, *, noise: float, ke
     rows = table.iloc[patient_rows(table, schema, key=key)]
     exact = [np.bincount(cell_codes(rows[c.name], c), minlength=num_cells(c) + 1) for c in schema.modelled]
     noise_key = derive(key, "columns", event.to_json(), schema.fingerprint)
-    return _with_noise(np.concatenate(exact), event=event, key=noise_key)
+    return with_noise(np.concatenate(exact), event=event, key=noise_key)
 
 
-def _with_noise(exact: NDArray[np.int64], *, event: PrivacyEvent, key: bytes) -> NoisyCounts:
+def with_noise(exact: NDArray[np.int64], *, event: PrivacyEvent, key: bytes) -> NoisyCounts:
+    """Counts with the noise of an event on each, for the releases of this package.
+
+    Args:
+        exact: Counts of which one patient changes as many as the event says, by one each.
+        event: Mechanism and noise.
+        key: Of this release alone.
+    """
     sample = discrete_laplace if event.mechanism == "discrete-laplace" else discrete_gaussian
     noise = sample(event.noise_multiplier, size=len(exact), bits=KeyedBits(key))
     return NoisyCounts(exact + noise, event, _HERE)
