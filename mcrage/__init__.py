@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcrage.data.transform import TableTransform as TableTransform
     from mcrage.diffusion.network import ModelConfig as ModelConfig
     from mcrage.errors import McrageError as McrageError
+    from mcrage.marginal.generator import MarginalGenerator as MarginalGenerator
     from mcrage.rebalancing.plan import RebalancePlan as RebalancePlan
     from mcrage.training.local import TrainingConfig as TrainingConfig
 
@@ -28,6 +29,7 @@ _HOME = {
     "Column": "mcrage.data.schema",
     "Group": "mcrage.data.groups",
     "GroupCounts": "mcrage.data.groups",
+    "MarginalGenerator": "mcrage.marginal.generator",
     "Marginals": "mcrage.data.marginals",
     "McrageError": "mcrage.errors",
     "ModelConfig": "mcrage.diffusion.network",

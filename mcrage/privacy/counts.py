@@ -46,7 +46,7 @@ _HERE = object()
 
 @dataclass(frozen=True, eq=False)
 class NoisyCounts:
-    """Counts with noise on every one; only the functions of this module make them.
+    """Counts with noise on every one; only :func:`with_noise` and :func:`received_scores` make them.
 
     Attributes:
         values: The noisy counts, in the order of the cells, negative ones included.

@@ -7,6 +7,7 @@ NAMES = [
     "Column",
     "Group",
     "GroupCounts",
+    "MarginalGenerator",
     "Marginals",
     "McrageError",
     "ModelConfig",
