@@ -16,7 +16,7 @@ from mcrage.data.schema import TableSchema
 from mcrage.errors import RefusedError, SchemaError
 
 if TYPE_CHECKING:  # what needs torch is imported by the checks: that it is missing has to be told as well
-    from client.policy import SitePolicy
+    from client.policy import PrivacyRules, SitePolicy
 
 
 def leaving_lines(settings: SiteSettings) -> Iterator[Line]:
@@ -54,9 +54,11 @@ def _leaving(policy: "SitePolicy", schema: TableSchema) -> list[str]:
         "parameters of the model: "
         + _ways(
             f"at least {privacy.min_noise_multiplier:g} times what one patient can change in a step",
-            may_train and privacy.declared_patients > 0,
+            may_train and privacy.declared_patients > 0 and "local" in privacy.noise,
             may_train and may_be_exact,
         ),
+        "sums over patients that open only together with those of other sites: "
+        + (_shared(privacy) if may_train and "shared" in privacy.noise else "never"),
         "mean losses: " + ("as they are" if has_loss else "never"),
         "scores of test patients, counted: "
         + _ways(f"epsilon at most {privacy.max_score_epsilon:g}", "evaluate" in data.tasks, False),
@@ -64,6 +66,16 @@ def _leaving(policy: "SitePolicy", schema: TableSchema) -> list[str]:
         f"{privacy.max_epsilon_total:g} for ever, delta {policy.delta:.2g}, {privacy.max_releases:,} releases",
         f"{len(modelled)} columns are modelled: {', '.join(modelled[:20])}{', ...' if len(modelled) > 20 else ''}",
     ]
+
+
+def _shared(privacy: "PrivacyRules") -> str:
+    known = ", ".join(peer.partition(":")[0] for peer in privacy.peers)
+    others = "any that the server names" if privacy.allow_unknown_peers else known or "none, as 'peers' names none"
+    return (
+        f"with noise that at least {privacy.min_sharing_sites} sites add up together (at least "
+        f"{privacy.min_noise_multiplier:g} times what one patient can change in a step, also where "
+        f"{privacy.min_colluders} of them tell theirs); the other sites: {others}"
+    )
 
 
 def _ways(noise: str, has_noise: bool, is_exact: bool) -> str:

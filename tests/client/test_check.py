@@ -350,6 +350,7 @@ def test_what_may_leave_is_told_in_words(hospital: Hospital) -> None:
         "numbers of patients by group, none from 1 to 10: with noise (epsilon at most 1)",
         "histograms of single columns: with noise (at least 5 on each bar)",
         "parameters of the model: with noise (at least 0.5 times what one patient can change in a step)",
+        "sums over patients that open only together with those of other sites: never",
         "mean losses: never",
         "scores of test patients, counted: with noise (epsilon at most 1)",
         "with noise, all together: epsilon at most 3 a run and 10 for ever, delta 1e-05, 10,000 releases",
@@ -359,10 +360,11 @@ def test_what_may_leave_is_told_in_words(hospital: Hospital) -> None:
 
 def test_what_may_leave_without_privacy_is_told_in_words(hospital: Hospital) -> None:
     hospital.allow(SitePolicy(privacy=PrivacyRules(required=False), data=DataRules(release_loss=True, minimum_cell=30)))
-    assert leaving(hospital)[1:6] == [
+    assert leaving(hospital)[1:7] == [
         "numbers of patients by group, none from 1 to 29: with noise (epsilon at most 1) or as they are",
         "histograms of single columns: with noise (at least 5 on each bar) or as they are",
         "parameters of the model: as they are",
+        "sums over patients that open only together with those of other sites: never",
         "mean losses: as they are",
         "scores of test patients, counted: with noise (epsilon at most 1)",
     ]
