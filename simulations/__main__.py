@@ -146,6 +146,57 @@ def compare(
     typer.echo(out / "summary.json")
 
 
+@app.command("privacy-budget")
+def privacy_budget(  # noqa: PLR0913 — one per option
+    *,
+    out: Out = Path("runs/privacy-budget"),
+    dataset: Dataset = "cohort",
+    sites: Annotated[int | None, typer.Option(min=2, help="Hospitals; by default those of the data set.")] = None,
+    patients: Annotated[int | None, typer.Option(min=20, help="Patients of each.")] = None,
+    epsilon: Annotated[list[str], typer.Option(help="Epsilons, with commas or one by one; inf is no noise.")] = [  # noqa: B006
+        "1,3,8,inf"
+    ],
+    noise: Annotated[
+        str, typer.Option(help="Where it is added: local, shared, or both with a comma.")
+    ] = "local,shared",
+    generator: Annotated[str, typer.Option(help="cddpm, marginal, or both with a comma.")] = "cddpm,marginal",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas; each draws hospitals of its own.")] = "0",
+    rounds: Rounds = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any other setting; shared.width=64 is for cells with shared noise only."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at the same time.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in a folder that has cells.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """What each epsilon costs each group, by generator and by where the noise is added."""
+    from simulations.privacy_budget.cells import Sweep, numbers, parse_settings
+    from simulations.privacy_budget.plan import plan_lines
+    from simulations.privacy_budget.report import PAGE, TABLE, write_report
+    from simulations.privacy_budget.run import run_sweep
+
+    sweep = Sweep(
+        dataset=dataset,
+        sites=sites,
+        patients=patients,
+        seeds=tuple(int(number) for number in numbers([seeds])),
+        generators=tuple(generator.split(",")),
+        noises=tuple(noise.split(",")),
+        epsilons=numbers(epsilon),
+        given=parse_settings(settings or [], rounds=rounds),
+    )
+    if dry_run:
+        for line in plan_lines(sweep):
+            typer.echo(line)
+        return
+    typer.echo(write_report(run_sweep(sweep, out, resume=resume, num_workers=workers), out))
+    for name in (PAGE, TABLE):
+        typer.echo(out / name)
+
+
 @app.command("sites")
 def sites(
     *,

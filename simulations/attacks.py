@@ -1,6 +1,7 @@
 """What the federated model of an experiment gives away, as only a simulation can ask: it has all hospitals' rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,22 @@ from mcrage.evaluation.membership import MembershipReport, membership_report
 from mcrage.privacy.sampling import Patients
 from simulations.arms import SiteTables
 
-_MOST_PATIENTS = 1000
+MOST_PATIENTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attacked:
+    """Rows that an attack is tried on.
+
+    Attributes:
+        members: Of training patients of all hospitals.
+        others: Of half of the patients that were held out.
+        reference: Of the other half.
+    """
+
+    members: pd.DataFrame
+    others: pd.DataFrame
+    reference: pd.DataFrame
 
 
 def attack(
@@ -24,20 +40,26 @@ def attack(
 
     The other half tells the attacker what patients are like.
     """
+    attacked = attacked_rows(sites, schema, seed=seed)
+    return membership_report(
+        model,
+        synthetic.iloc[: 2 * MOST_PATIENTS],
+        members=attacked.members,
+        others=attacked.others,
+        reference_rows=attacked.reference,
+        schema=schema,
+        random_state=rng.derive(seed, "attack"),
+    )
+
+
+def attacked_rows(sites: Sequence[SiteTables], schema: TableSchema, *, seed: int) -> Attacked:
+    """The rows of at most 1,000 patients of each kind, drawn by the seed."""
     seen, held_out = (
         _shuffled(pd.concat([_named(getattr(tables, part), tables.site, schema) for tables in sites]), schema, seed)
         for part in ("train", "test")
     )
     half = len(held_out) // 2
-    return membership_report(
-        model,
-        synthetic.iloc[: 2 * _MOST_PATIENTS],
-        members=_first(seen),
-        others=_first(held_out[:half]),
-        reference_rows=_first(held_out[half:]),
-        schema=schema,
-        random_state=rng.derive(seed, "attack"),
-    )
+    return Attacked(members=_first(seen), others=_first(held_out[:half]), reference=_first(held_out[half:]))
 
 
 def attack_rows(report: MembershipReport) -> list[dict[str, Any]]:
@@ -75,7 +97,7 @@ def _shuffled(table: pd.DataFrame, schema: TableSchema, seed: int) -> list[pd.Da
 
 
 def _first(patients: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(patients[:_MOST_PATIENTS], ignore_index=True)
+    return pd.concat(patients[:MOST_PATIENTS], ignore_index=True)
 
 
 def _named(table: pd.DataFrame, site: str, schema: TableSchema) -> pd.DataFrame:

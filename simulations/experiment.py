@@ -224,7 +224,7 @@ def _note(record: RoundRecord, curve: Curve) -> str:
 def _plans(sites: Sequence[SiteTables], outcome: FederationResult, config: ExperimentConfig) -> Plans:
     model = outcome.model
     sampled = model.sample(config.modelled_rows, random_state=derive(config.seed, "modelled"))
-    federation = modelled_counts(sampled, model.schema_, num_rows=_num_rows(outcome))
+    federation = modelled_counts(sampled, model.schema_, num_rows=num_rows(outcome))
     return {
         tables.site: site_plans(
             tables.train,
@@ -249,7 +249,7 @@ def _pools(outcome: FederationResult, plans: Plans, config: ExperimentConfig) ->
     }
 
 
-def _num_rows(outcome: FederationResult) -> int:
+def num_rows(outcome: FederationResult) -> int:
     """Training rows of the federation, as far as hospitals released them."""
     if outcome.marginals is not None:
         return round(max(cells.sum() for cells in outcome.marginals.values()))

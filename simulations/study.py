@@ -70,21 +70,26 @@ class Study:
         ]
 
 
-def hospitals_of(dataset: str, *, seed: int, cohort: CohortConfig | None = None) -> Hospitals:
+def hospitals_of(
+    dataset: str, *, seed: int, cohort: CohortConfig | None = None, dealt: tuple[int | None, int | None] = (None, None)
+) -> Hospitals:
     """The hospitals of a data set: simulated for :data:`COHORT`, else public ones.
 
     Args:
         dataset: Name of the data set.
         seed: Draws the cohort, or deals a public data set to pretend hospitals.
         cohort: Size of the cohort; its seed is replaced.
+        dealt: Number of pretend hospitals and patients of each that a public data set is dealt to; None has defaults.
 
     Raises:
-        ConfigError: If there is no such data set.
+        ConfigError: If there is no such data set, or it has hospitals of its own or too few patients to be dealt so.
     """
     if dataset != COHORT:
         if dataset not in datasets.names():
             raise ConfigError(f"there is no data set '{dataset}'; there are {', '.join((COHORT, *datasets.names()))}")
-        return _shuffled(datasets.hospitals(dataset, seed=seed), seed=seed)
+        number, patients = dealt
+        public = datasets.hospitals(dataset, seed=seed, num_sites=number, patients_per_site=patients)
+        return _shuffled(public, seed=seed)
     size = CohortConfig(**(vars(cohort or CohortConfig()) | {"seed": seed}))
     others = {race: share * (1 - TEST_MINORITY_SHARE) for race, share in OTHER_RACES.items()}
     return Cohort(size).hospitals(test_patients=TEST_PATIENTS, test_races=others | {MINORITY: TEST_MINORITY_SHARE})
@@ -107,9 +112,16 @@ def minority_of(dataset: str) -> tuple[str, ...]:
     return (f"race={MINORITY}",) if dataset == COHORT else ()
 
 
-def written_study(dataset: str, folder: Path, *, seed: int, cohort: CohortConfig | None = None) -> Study:
-    """A data set as files in a folder, one per hospital."""
-    hospitals = hospitals_of(dataset, seed=seed, cohort=cohort)
+def written_study(
+    dataset: str,
+    folder: Path,
+    *,
+    seed: int,
+    cohort: CohortConfig | None = None,
+    dealt: tuple[int | None, int | None] = (None, None),
+) -> Study:
+    """A data set as files in a folder, one per hospital; sizes as :func:`hospitals_of` takes them."""
+    hospitals = hospitals_of(dataset, seed=seed, cohort=cohort, dealt=dealt)
     files = write_sites(folder, hospitals)
     return Study(
         dataset=dataset,

@@ -119,3 +119,36 @@ def test_a_comparison_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixt
         assert code == 2
         assert_one_line(error)
         assert path.name in error
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--epsilon", "one"], "expected numbers"),
+        (["--generator", "gan"], "generator: expected some of"),
+        (["--set", "shared.dp_epsilon=3"], "the command sets it"),
+        (["--dataset", "heart-disease", "--sites", "3", "--generator", "marginal", "--dry-run"], "of its own"),
+    ],
+)
+def test_a_privacy_budget_that_cannot_be_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], problem: str
+) -> None:
+    out = tmp_path / "out"
+    code, _, error = said(capsys, "privacy-budget", "--out", str(out), *options)
+    assert code == 2
+    assert_one_line(error)
+    assert problem in error
+    assert not out.exists()
+
+
+def test_a_dry_run_of_a_privacy_budget_lists_cells_with_their_epsilon(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--sites", "2", "--patients", "30", "--generator", "marginal", "--epsilon", "1", "--epsilon", "inf"]
+    code, text, _ = said(capsys, "privacy-budget", "--out", str(out), *options, "--dry-run")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[1].startswith("cohort-2x30-seed0-marginal-local-eps1: epsilon at most 1.00, about ")
+    assert lines[-1].startswith("4 cells of 2 hospitals, about ")
+    assert not out.exists()
