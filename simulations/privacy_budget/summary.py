@@ -150,6 +150,11 @@ class Findings:
         """The highest epsilon that a cell of the line cost."""
         return float(self._part(line)["epsilon_spent"].max())
 
+    def name_of(self, line: Line) -> str:
+        """The line in words, and how many seeds it has where others have more: its mean is of other hospitals then."""
+        number = self._part(line)["seed"].nunique()
+        return line.name if number == len(self.seeds) else f"{line.name} ({number} of {len(self.seeds)} seeds)"
+
     def share(self, line: Line, group: str) -> Estimate:
         """Share of the gap from local to pooled rows that is closed: mean gain by mean gap."""
         return shared(self._of_line(line, group, "gain"), self._of(POOLED, group, "gap_to_pooled"))

@@ -74,7 +74,7 @@ def _utility(found: Findings) -> list[str]:
 def utility_row(found: Findings, line: Line, group: str) -> list[str]:
     """A line's name, ε spent, AUROC, gain over own rows, share of the gap closed, and share lost to noise."""
     return [
-        line.name,
+        found.name_of(line),
         spent_in_words(found.spent(line)),
         shown(found.of_line(line, group, "auroc")),
         shown(found.of_line(line, group, "gain"), sign=True),
@@ -93,7 +93,7 @@ def _fairness(found: Findings) -> list[str]:
     for line in found.lines:
         gaps = [shown(found.of_line(line, feature, f"{metric}_gap")) for metric in ("auroc", "tpr")]
         attacks = [shown(found.of_line(line, "all", attack), sign=True) for attack in _ATTACKS]
-        rows.append([line.name, *gaps, *attacks])
+        rows.append([found.name_of(line), *gaps, *attacks])
     return aligned(heads, rows)
 
 

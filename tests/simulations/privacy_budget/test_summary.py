@@ -148,5 +148,13 @@ def test_both_tables_show_own_and_pooled_rows_and_every_line() -> None:
     assert sum(line.strip().startswith("marginal, local noise, ε = 1") and "0.99" in line for line in lines) == 2
 
 
+def test_a_line_of_fewer_seeds_says_so_and_gains_over_the_rows_of_its_own_hospitals() -> None:
+    kept = [each for each in cells(3) if each.cell.noise != "local" or each.cell.seed == 2]
+    (found,) = findings(kept)
+    assert f"{HARMFUL.name} (1 of 3 seeds)" in table_of(found)
+    assert f"{SHARED.name} (" not in table_of(found)
+    assert found.of_line(HARMFUL, "all", "gain").value == pytest.approx(-0.03)
+
+
 def test_without_real_rows_there_is_nothing_to_compare_with() -> None:
     assert findings([each for each in cells(3) if each.cell.generator != "real"]) == []
