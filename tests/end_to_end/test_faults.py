@@ -296,6 +296,14 @@ def step_back(database: Path) -> str:
         return str(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
 
 
+def is_free(path: Path) -> bool:
+    """Whether no process holds a lock."""
+    lock = lock_file(path)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
+
+
 def killed(federation: Federation, folder: Path, *, times: int) -> None:
     """Kills a hospital's daemon, alone or with what it started, at any moment of its start and work."""
     settings, draw = federation.sites["site-01"], random.Random(23)
@@ -313,13 +321,10 @@ def killed(federation: Federation, folder: Path, *, times: int) -> None:
                 os.kill(each, signal.SIGKILL)
         gone = federation.wait(lambda: not federation.processes("site-01"), seconds=20, what="the end of its processes")
         slowest = max(slowest, gone)
-    for folder_of, name in ((settings.site.private, "daemon-data"), (settings.server.key.parent, "daemon-network")):
-        lock = lock_file(folder_of / f"{name}.lock")
-        assert lock is not None, name
-        os.close(lock)
-    lock = lock_file(settings.site.private / TRAINER_LOCK)
-    assert lock is not None
-    os.close(lock)
+    private, keys = settings.site.private, settings.server.key.parent
+    for path in (private / "daemon-data.lock", keys / "daemon-network.lock", private / TRAINER_LOCK):
+        # A dying process loses its name before its files.
+        federation.wait(lambda path=path: is_free(path), seconds=10, what=f"{path.name} to be free")
     assert everything(settings.file.parent) == before
     assert [*folder.iterdir()] == []
     assert set(Path(tempfile.gettempdir()).glob("*flwr*")) == elsewhere
