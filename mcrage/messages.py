@@ -1,9 +1,11 @@
 """Every field that crosses a site's border: the whole list of what a hospital is told and what it tells.
 
-To the site: :class:`DescribeInstruction`, :class:`TrainInstruction`, :class:`EvaluateInstruction` and
-:class:`AccountInstruction`. From the site: :class:`SiteDescription`, :class:`SiteUpdate`, :class:`SiteLoss` or
-:class:`SiteScores`, :class:`SiteAccount`, and nothing else; an error leaves as a code and an id. Under differential
-privacy counts and scores are noisy, parameters are computed from noisy gradients, and no loss leaves.
+To the site (:mod:`mcrage.instructions`): :class:`DescribeInstruction`, :class:`TrainInstruction`,
+:class:`SumInstruction`, :class:`EvaluateInstruction` and :class:`AccountInstruction`. From the site:
+:class:`SiteDescription`, :class:`SiteUpdate` or :class:`SiteSum`, :class:`SiteLoss` or :class:`SiteScores`,
+:class:`SiteAccount`, and nothing else, but for the site's signature of each (:mod:`mcrage.signing`); an error leaves as
+a code and an id. Under differential privacy counts and scores are noisy, parameters are computed from noisy gradients,
+sums are noisy and masked, and no loss leaves.
 
 ``to_wire`` gives plain values and arrays. ``from_wire`` lets in what was agreed and nothing more: exact names, types,
 ranges, dtypes, shapes, finite numbers.
