@@ -137,13 +137,7 @@ class Site:
             sites=len(peers),
             colluders=instruction.colluders,
         )
-        privacy = DPSGDConfig(
-            noise_multiplier=instruction.noise_multiplier,
-            sample_rate=instruction.sample_rate,
-            max_grad_norm=instruction.max_grad_norm,
-            draws=instruction.draws,
-            patients=0,  # the server divides
-        )
+        privacy = _dpsgd(instruction, patients=0)  # the server divides
         event = replace(privacy.event(1), own_noise=shared.own_multiplier)
         key = self._key(instruction.test_fraction)
         release = self._protection.charge(instruction, [event], dataset=self._dataset)
@@ -229,13 +223,7 @@ class Site:
         return loss if self._protection.policy.data.release_loss else None
 
     def _train_privately(self, instruction: TrainInstruction, model: CDDPM, config: TrainingConfig) -> None:
-        privacy = DPSGDConfig(
-            noise_multiplier=instruction.noise_multiplier,
-            sample_rate=instruction.sample_rate,
-            max_grad_norm=instruction.max_grad_norm,
-            draws=instruction.draws,
-            patients=self._protection.policy.privacy.declared_patients,
-        )
+        privacy = _dpsgd(instruction, patients=self._protection.policy.privacy.declared_patients)
         event = privacy.event(instruction.local_steps)
         key = self._key(instruction.test_fraction)
         release = self._protection.charge(instruction, [event], dataset=self._dataset)
@@ -282,6 +270,16 @@ def _model(instruction: TrainInstruction | SumInstruction | EvaluateInstruction,
     except ParameterError as error:
         raise RefusedError(OF_FAULT[error.fault], str(error)) from None
     return model
+
+
+def _dpsgd(instruction: TrainInstruction | SumInstruction, *, patients: int) -> DPSGDConfig:
+    return DPSGDConfig(
+        noise_multiplier=instruction.noise_multiplier,
+        sample_rate=instruction.sample_rate,
+        max_grad_norm=instruction.max_grad_norm,
+        draws=instruction.draws,
+        patients=patients,
+    )
 
 
 def _steps(instruction: TrainInstruction) -> range:

@@ -8,6 +8,7 @@ like any other. A site that failed is left out for some rounds: every failure co
 import logging
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from mcrage.training.optimisers import Optimisers, TrainingConfig
 from mcrage.training.shared import descend, num_gradients
 from server.checkpoints import Arrays
 from server.exchange import Subject
+from server.home import read_json, write_json
 from server.instructions import Instructions
 from server.local_steps import Step
 from server.roster import Roster
@@ -35,8 +37,29 @@ _LOG = logging.getLogger("mcrage.server")
 ROUNDS_LEFT_OUT = 5
 """How many rounds a site that failed is not asked again."""
 
-_CLOSED = "closed"
+CLOSED = "closed-sums.json"
 _OTHER_KEYS = REFUSALS[2134]
+
+
+class ClosedSums:
+    """How many sums of a run stayed closed, in a file: whoever starts the run anew has not paid for them less.
+
+    Args:
+        path: The file.
+        config: Of the run; a run that is begun, or another one, has none yet.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._path, self._run = path, config.run
+        told = read_json(path) if config.places.resume else {}
+        self.number = int(told["closed"]) if told.get("run") == self._run else 0
+        if not self.number:
+            path.unlink(missing_ok=True)
+
+    def add(self) -> None:
+        """One more; on disk before anything else is asked for."""
+        self.number += 1
+        write_json(self._path, {"run": self._run, "closed": self.number})
 
 
 class SharedSteps:
@@ -61,7 +84,7 @@ class SharedSteps:
                 warmup_steps=federation.warmup_steps,
             ),
         )
-        self._closed = 0
+        self._closed = ClosedSums(Path(config.places.out_dir) / CLOSED, config)
         self._left_out: dict[str, tuple[int, str]] = {}
 
     def step(self, server_round: int, parameters: Parameters, site_counts: Mapping[str, GroupCounts]) -> Step:
@@ -79,14 +102,12 @@ class SharedSteps:
         return Step(parameters=moved, sites=sites, losses={}, dropped=replies.dropped)
 
     def state(self) -> Arrays:
-        """Moments of the optimiser, and how many sums stayed closed."""
-        return {**self._optimisers.state(), _CLOSED: np.array([self._closed], dtype=np.int64)}
+        """Moments of the optimiser."""
+        return dict(self._optimisers.state())
 
     def restore(self, state: Arrays) -> None:
         """Goes on from what :meth:`state` gave."""
-        if state:
-            self._closed = int(state[_CLOSED][0])
-            self._optimisers.restore({name: array for name, array in state.items() if name != _CLOSED})
+        self._optimisers.restore(state)
 
     def _noise(self, sites: int) -> SharedNoise:
         privacy = self._config.privacy
@@ -101,23 +122,27 @@ class SharedSteps:
         """Masked sums of sites that were asked together and all answered."""
         missing: dict[str, str] = {}
         while True:
+            self._require_planned(server_round)
             peers, reasons = self._gathered(server_round)
             missing = reasons | {site: reason for site, reason in missing.items() if site not in peers}
             replies = self._ask(server_round, parameters, peers, missing)
             if len(replies.accepted) == len(peers):
                 return Replies(replies.accepted, missing)
-            self._closed += 1
+            self._closed.add()
             for site, reason in replies.dropped.items():
                 missing[site] = reason
                 last = self._config.federation.num_server_rounds if _OTHER_KEYS in reason else server_round
                 self._left_out[site] = (last + ROUNDS_LEFT_OUT, reason)
                 _LOG.warning("round %d: the sum stays closed, site %s is missing: %s", server_round, site, reason)
-            if self._closed > self._config.privacy.dp_spare_rounds:
-                raise FederationError(
-                    f"round {server_round}: {self._closed} sums of this run stayed closed, which is more than "
-                    f"dp-spare-rounds={self._config.privacy.dp_spare_rounds}: the next one would cost more than was "
-                    f"planned; the model after round {server_round - 1} is in the checkpoint"
-                )
+
+    def _require_planned(self, server_round: int) -> None:
+        closed, spare = self._closed.number, self._config.privacy.dp_spare_rounds
+        if closed > spare:
+            raise FederationError(
+                f"round {server_round}: {closed} sums of this run stayed closed, which is more than "
+                f"dp-spare-rounds={spare}: the next one would cost more than was planned; the model after round "
+                f"{server_round - 1} is in the checkpoint"
+            )
 
     def _gathered(self, server_round: int) -> tuple[dict[str, Peer], dict[str, str]]:
         """Sites to ask together, with their keys, and why the others are not; waits while there are too few."""
@@ -157,11 +182,11 @@ class SharedSteps:
     def _ask(
         self, server_round: int, parameters: Parameters, peers: Mapping[str, Peer], missing: Mapping[str, str]
     ) -> Replies[SiteSum]:
-        subject = Subject("training", server_round, self._closed)
+        subject = Subject("training", server_round, self._closed.number)
         nodes = {site: self._roster.nodes[site] for site in peers}
         self._status.asking(server_round, list(peers), busy={}, absent={**self._roster.absent, **missing})
         messages = self._instructions.sum(
-            nodes, peers=peers, server_round=server_round, attempt=self._closed, parameters=parameters
+            nodes, peers=peers, server_round=server_round, attempt=self._closed.number, parameters=parameters
         )
         return check_replies(
             self._roster.exchange.ask(messages, subject),

@@ -176,6 +176,45 @@ def test_more_closed_sums_than_were_planned_end_the_run_after_the_last_round(con
     latest = CheckpointFolder(Path(settings.places.out_dir) / CHECKPOINTS).latest()
     assert latest is not None
     assert latest.server_round == 2
+    again = config(dp_spare_rounds=0, resume=True)
+    anew = staged_grid.of_folder(app, 3, again)
+    with pytest.raises(FederationError, match="round 3: 1 sums of this run stayed closed"):
+        run_federation(anew, again)
+    assert not anew.asked(1001, "train.sum"), "a start anew pays for no more than was planned"
+
+
+def test_a_run_that_is_killed_after_a_closed_sum_counts_it_and_goes_on_to_the_same_bytes(
+    config: Config, staged_grid: Any, tmp_path: Path
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def run(name: str, *, dies: bool) -> str:
+        settings = config(out_dir=str(tmp_path / name), num_server_rounds=4)
+        grid = staged_grid.of_folder(app, 3, settings)
+        grid.is_held = silent(2, 3)
+        asked = grid.sent
+
+        def kill(message: Message) -> None:
+            if last_round(asked) == 3 and message.metadata.message_type == "train.sum" and attempt_of(message) == 1:
+                raise KilledError
+
+        if dies:
+            grid.on_push = kill
+            with pytest.raises(KilledError):
+                run_federation(grid, settings)
+            settings = config(out_dir=str(tmp_path / name), num_server_rounds=4, resume=True)
+            grid = staged_grid.of_folder(app, 3, settings)
+            grid.offline = {1002}
+        result = run_federation(grid, settings)
+        assert {attempt_of(each) for each in grid.sent if each.metadata.message_type == "train.sum"} >= {1}
+        return digest(result)
+
+    assert run("killed", dies=True) == run("whole", dies=False)
+
+
+def attempt_of(message: Message) -> int:
+    return int(message.content["config"]["attempt"])
 
 
 def test_below_the_fewest_sites_no_sum_is_asked_for(config: Config, staged_grid: Any) -> None:
