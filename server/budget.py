@@ -1,8 +1,10 @@
 """What a run will cost the patients of one site, known from its settings before anything is touched."""
 
+import math
+
 from mcrage.config import RunConfig
 from mcrage.data.schema import TableSchema
-from mcrage.privacy.accounting import calibrate_noise_multiplier, epsilon
+from mcrage.privacy.accounting import alone, calibrate_noise_multiplier, epsilon
 from mcrage.privacy.counts import group_counts_event, marginals_event, scores_event
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.shared import SharedNoise
@@ -54,7 +56,8 @@ def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
     if config.privacy.dp_noise_seed >= 0:
         return [*lines, "privacy: the noise comes from a seed, so that nothing is protected and nothing is claimed"]
     cost, delta = planned_epsilon(config, schema), config.privacy.dp_delta
-    return [*lines, f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run"]
+    lines.append(f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run")
+    return [*lines, _line_alone(config, schema)] if config.privacy.dp_noise == "shared" else lines
 
 
 def _steps(config: RunConfig) -> int:
@@ -74,6 +77,14 @@ def _own_noise(config: RunConfig) -> float:
         sites=config.federation.min_sites,
         colluders=privacy.dp_colluders,
     ).own_multiplier
+
+
+def _line_alone(config: RunConfig, schema: TableSchema) -> str:
+    """What it would cost against whoever can take a sum apart, in words."""
+    left = epsilon(alone(planned_events(config, schema)), delta=config.privacy.dp_delta)
+    said = f"epsilon = {left:.2f}" if math.isfinite(left) else "no epsilon at all"
+    colluders = config.privacy.dp_colluders
+    return f"privacy: against more than {colluders} colluding sites, or whoever breaks the masks, {said}"
 
 
 def _counted(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:

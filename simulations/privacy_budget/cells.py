@@ -168,7 +168,7 @@ def parse_settings(items: Iterable[str], *, rounds: int | None) -> dict[str, dic
 
 
 def numbers(items: Sequence[str]) -> tuple[float, ...]:
-    """Numbers that are given one by one or with commas between them; ``inf`` is one of them.
+    """Epsilons that are given one by one or with commas between them; ``inf`` is one of them.
 
     Raises:
         ConfigError: If one is no number.
@@ -176,9 +176,9 @@ def numbers(items: Sequence[str]) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for item in items for part in item.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"expected numbers with commas between them, got '{','.join(items)}'") from None
+        raise ConfigError(f"--epsilon: expected numbers with commas between them, got '{','.join(items)}'") from None
     if any(math.isnan(number) for number in found):
-        raise ConfigError("expected numbers, got nan")
+        raise ConfigError("--epsilon: expected numbers, got nan")
     return found
 
 

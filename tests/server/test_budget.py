@@ -5,7 +5,7 @@ import pytest
 from mcrage.config import RunConfig, Scalar
 from mcrage.data.schema import TableSchema
 from mcrage.errors import PrivacyError
-from mcrage.privacy.accounting import epsilon
+from mcrage.privacy.accounting import alone, epsilon
 from server.budget import plan_lines, planned_epsilon, planned_events, with_noise
 
 PRIVATE = {"dp": True, "dp-epsilon": 3.0, "dp-score-epsilon": 0.25, "dp-sample-rate": 0.2, "num-server-rounds": 20}
@@ -71,4 +71,10 @@ def test_with_shared_noise_the_plan_pays_for_sums_that_may_stay_closed_and_tells
     assert training.steps == 23
     assert training.own_noise == pytest.approx(training.noise_multiplier / 2)
     assert 2.9 < planned_epsilon(config, tiny_schema) <= 3.0
-    assert "shared by the sites" in plan_lines(config, tiny_schema)[0]
+    lines = plan_lines(config, tiny_schema)
+    assert "shared by the sites" in lines[0]
+    left = epsilon(alone(planned_events(config, tiny_schema)), delta=1e-5)
+    assert left > 3.0
+    assert lines[-1].endswith(f"more than 1 colluding sites, or whoever breaks the masks, epsilon = {left:.2f}")
+    few = private(**(shared | {"min_sites": 60}), dp_epsilon=8.0, dp_sample_rate=0.05)
+    assert plan_lines(few, tiny_schema)[-1].endswith("or whoever breaks the masks, no epsilon at all")
