@@ -173,7 +173,7 @@ def privacy_budget(  # noqa: PLR0913 — one per option
     dry_run: DryRun = False,
 ) -> None:
     """What each epsilon costs each group, by generator and by where the noise is added."""
-    from simulations.privacy_budget.cells import Sweep, numbers, parse_settings
+    from simulations.privacy_budget.cells import Sweep, numbers, parse_settings, whole_numbers
     from simulations.privacy_budget.plan import plan_lines
     from simulations.privacy_budget.report import PAGE, TABLE, write_report
     from simulations.privacy_budget.run import run_sweep
@@ -182,10 +182,10 @@ def privacy_budget(  # noqa: PLR0913 — one per option
         dataset=dataset,
         sites=sites,
         patients=patients,
-        seeds=tuple(int(number) for number in numbers([seeds])),
+        seeds=whole_numbers(seeds, option="--seeds"),
         generators=tuple(generator.split(",")),
         noises=tuple(noise.split(",")),
-        epsilons=numbers(epsilon),
+        epsilons=numbers(epsilon, option="--epsilon"),
         given=parse_settings(settings or [], rounds=rounds),
     )
     if dry_run:

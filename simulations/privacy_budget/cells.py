@@ -167,19 +167,36 @@ def parse_settings(items: Iterable[str], *, rounds: int | None) -> dict[str, dic
     return found
 
 
-def numbers(items: Sequence[str]) -> tuple[float, ...]:
-    """Epsilons that are given one by one or with commas between them; ``inf`` is one of them.
+def numbers(items: Sequence[str], *, option: str) -> tuple[float, ...]:
+    """Numbers that are given one by one or with commas between them; ``inf`` is one of them.
+
+    Args:
+        items: What was given.
+        option: Of the command, for its message.
 
     Raises:
         ConfigError: If one is no number.
     """
+    wrong = ConfigError(f"{option}: expected numbers with commas between them, got '{','.join(items)}'")
     try:
         found = tuple(float(part) for item in items for part in item.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"--epsilon: expected numbers with commas between them, got '{','.join(items)}'") from None
+        raise wrong from None
     if any(math.isnan(number) for number in found):
-        raise ConfigError("--epsilon: expected numbers, got nan")
+        raise wrong
     return found
+
+
+def whole_numbers(text: str, *, option: str) -> tuple[int, ...]:
+    """The same of whole numbers.
+
+    Raises:
+        ConfigError: If one is none.
+    """
+    found = numbers([text], option=option)
+    if not all(number.is_integer() for number in found):
+        raise ConfigError(f"{option}: expected whole numbers with commas between them, got '{text}'")
+    return tuple(map(int, found))
 
 
 def _counts(epsilon: float, *, delta: float, columns: int) -> dict[str, Scalar]:

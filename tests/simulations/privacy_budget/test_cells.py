@@ -7,7 +7,7 @@ import pytest
 from mcrage.config import RunConfig
 from mcrage.errors import ConfigError
 from server.budget import planned_epsilon
-from simulations.privacy_budget.cells import REAL, Cell, Sweep, numbers, parse_settings
+from simulations.privacy_budget.cells import REAL, Cell, Sweep, numbers, parse_settings, whole_numbers
 from simulations.privacy_budget.plan import plan_lines
 from simulations.truth import SCHEMA
 
@@ -86,10 +86,14 @@ def test_a_wrong_sweep_is_named(changed: dict[str, tuple[object, ...]], problem:
 
 
 def test_numbers_have_commas_or_come_one_by_one() -> None:
-    assert numbers(["1,3", "inf"]) == (1.0, 3.0, math.inf)
+    assert numbers(["1,3", "inf"], option="--epsilon") == (1.0, 3.0, math.inf)
+    assert whole_numbers("0,1,2", option="--seeds") == (0, 1, 2)
     for wrong in ("one", "nan"):
-        with pytest.raises(ConfigError, match="expected numbers"):
-            numbers([wrong])
+        with pytest.raises(ConfigError, match="--epsilon: expected numbers"):
+            numbers([wrong], option="--epsilon")
+    for wrong in ("0,1.5", "inf", "one"):
+        with pytest.raises(ConfigError, match="--seeds: expected"):
+            whole_numbers(wrong, option="--seeds")
 
 
 @pytest.mark.slow
