@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mcrage.data.groups import group_codes
 from mcrage.data.marginals import cell_codes, num_cells
-from mcrage.data.schema import TableSchema
+from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import MessageError
 
 
@@ -31,6 +31,11 @@ class Axis:
 
     column: str
     merged: tuple[int, ...] = ()
+
+    @classmethod
+    def whole(cls, column: Column) -> "Axis":
+        """A column in the cells of its own histogram."""
+        return cls(column.name, tuple(range(num_cells(column) + 1)))
 
     def size(self, schema: TableSchema) -> int:
         """Number of cells along it."""
@@ -99,3 +104,20 @@ def split_counts(values: NDArray[np.float64], tables: Sequence[Axes], schema: Ta
 def to_json(tables: Sequence[Axes]) -> str:
     """Canonical text: the same tables always give the same bytes."""
     return json.dumps([[[axis.column, list(axis.merged)] for axis in axes] for axes in tables])
+
+
+def from_json(text: str) -> tuple[Axes, ...]:
+    """The tables of :func:`to_json`; whether a schema has them is not known yet (:func:`check_axes`).
+
+    Raises:
+        MessageError: If the text is anything else.
+    """
+    try:
+        content = json.loads(text)
+        tables = tuple(tuple(Axis(column, tuple(merged)) for column, merged in axes) for axes in content)
+        named = all(isinstance(axis.column, str) for axes in tables for axis in axes)
+        if named and to_json(tables) == text:  # the canonical text alone: one question has one spelling
+            return tables
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise MessageError("not the text of tables of counts")

@@ -7,6 +7,7 @@ that everybody knows. Sums over sites are histograms again. Nothing else about s
 Shape: per modelled column one vector of cells: the levels or the numeric cells, then the missing rows.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -100,6 +101,33 @@ def cell_codes(values: pd.Series, column: Column) -> NDArray[np.int64]:
 def exact_cells(values: pd.Series, column: Column) -> Floats:
     """Exact rows per cell. For use inside a site or on generated rows: this is what must not leave."""
     return np.bincount(cell_codes(values, column), minlength=num_cells(column) + 1).astype(np.float64)
+
+
+def without_negatives(cells: NDArray[np.integer] | Floats) -> Floats:
+    """The nearest cells, in squares, that are not negative and have the same sum, or 0 (Duchi et al., 2008)."""
+    total = max(int(cells.sum()), 0)
+    falling = np.sort(cells)[::-1]
+    shifts = (np.cumsum(falling) - total) / np.arange(1, len(cells) + 1)
+    shift = shifts[np.flatnonzero(falling > shifts)[-1]] if total else falling[0]
+    return np.asarray(np.maximum(cells - shift, 0.0))
+
+
+def readable(
+    noisy: NDArray[np.integer] | Floats, column: Column, *, deviation: float, minimum: int = MINIMUM_CELL
+) -> Floats:
+    """Noisy cells of a column as a histogram: no negative ones, small ones merged.
+
+    Negative counts become 0 and all others of the column lose the same, so that its total stays. Numbers are merged
+    until a cell has three times the noise: of hundreds of cells most say less than nothing.
+
+    Args:
+        noisy: Its cells, whole numbers.
+        column: The column.
+        deviation: Standard deviation of the noise on each cell; 0 for none.
+        minimum: Cells with fewer, by their noisy counts, are merged.
+    """
+    smallest = max(minimum, math.ceil(3 * deviation)) if column.is_numeric else minimum
+    return merge_small_cells(without_negatives(noisy), column, smallest)
 
 
 def merge_small_cells(cells: Floats, column: Column, minimum: int) -> Floats:

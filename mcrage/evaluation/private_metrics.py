@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcrage.data.groups import Group
+from mcrage.data.marginals import without_negatives
 from mcrage.errors import PrivacyError
 from mcrage.evaluation.metrics import Floats, interval
-from mcrage.privacy.counts import NoisyScores, without_negatives
+from mcrage.privacy.counts import NoisyScores
 
 METRICS: Final = ("auroc", "tpr", "fpr", "selection_rate")
 

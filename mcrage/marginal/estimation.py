@@ -8,17 +8,17 @@ What noise drowns is left out at every step: cells are merged until they stand o
 as they do (:func:`~mcrage.marginal.tables.shrunk`), and a pair has an edge only if its table shows more than noise.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from math import prod
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcrage.data.crossing import Axes, Axis
-from mcrage.data.marginals import Marginals
+from mcrage.data.marginals import Marginals, readable
 from mcrage.data.schema import TableSchema
 from mcrage.marginal.budget import Budget
 from mcrage.marginal.forest import dependence, forest, rooted
@@ -48,20 +48,22 @@ _LEAST_ROWS = 0.5  # expected in a cell that no row was seen in
 
 
 class Source(Protocol):
-    """Whoever answers with counts.
-
-    Attributes:
-        sites: Number of answers with noise of their own that are summed.
-    """
-
-    sites: int
-
-    def one_ways(self, *, noise: float) -> Marginals:
-        """Histograms of all modelled columns; ``noise`` is each site's standard deviation, 0 for exact counts."""
-        ...
+    """Whoever answers with counts."""
 
     def tables(self, tables: Sequence[Axes], *, noise: float) -> list[Floats]:
-        """Tables of counts with the noise of all sites, negative counts included; one array per table."""
+        """Tables of counts with noise, negative counts included; one array per table.
+
+        Args:
+            tables: What to cross with what.
+            noise: Standard deviation on each cell with which one table of rows is protected; 0 for exact counts.
+        """
+        ...
+
+    def deviation(self, noise: float) -> float:
+        """Standard deviation of all noise on a cell of an answer, where ``noise`` was asked for.
+
+        Of sums over sites it is larger. It has to be known once the first question was answered.
+        """
         ...
 
 
@@ -92,7 +94,7 @@ class _Estimation:
         self.pairs = list(combinations(range(len(self.features)), 2))
 
     def model(self) -> MarginalModel:
-        marginals = self.source.one_ways(noise=self.budget.noise("one_ways", len(self.schema.modelled)))
+        marginals = self._one_ways()
         self.rows = float(max(np.median([cells.sum() for cells in marginals.values()]), 1.0))
         edge_noise = self._noise("edges", max(len(self.features) - 1, 1))
         if affordable_square(self.rows, edge_noise) < MOST_CELLS:
@@ -106,7 +108,7 @@ class _Estimation:
 
     def _noise(self, share: str, tables: int) -> float:
         """Standard deviation of all sites' noise together on each cell of a release of so many tables."""
-        return self.budget.noise(share, tables) * self.source.sites**0.5
+        return self.source.deviation(self.budget.noise(share, tables))
 
     def _ask(self, tables: Sequence[Axes], share: str) -> tuple[list[Floats], float]:
         """Answers, and the variance of their noise."""
@@ -114,6 +116,12 @@ class _Estimation:
             return [], 0.0
         answers = self.source.tables(tables, noise=self.budget.noise(share, len(tables)))
         return answers, self._noise(share, len(tables)) ** 2
+
+    def _one_ways(self) -> Marginals:
+        columns = self.schema.modelled
+        answers, variance = self._ask([(Axis.whole(column),) for column in columns], "one_ways")
+        parts = zip(columns, answers, strict=True)
+        return Marginals({c.name: readable(cells, c, deviation=math.sqrt(variance)) for c, cells in parts})
 
     def _groups(self) -> Floats:
         """Probability of each combination of group levels.
@@ -132,7 +140,7 @@ class _Estimation:
         margins = []
         for each in self.sets:
             others = tuple(place for place in places if place not in each)
-            spread = variance * prod(self.sizes[place] for place in others)
+            spread = variance * math.prod(self.sizes[place] for place in others)
             margins.append((each, shrunk(noisy.sum(axis=others), joint.sum(axis=others), variance=spread)))
         joint = np.maximum(fitted(joint, margins), _LEAST_EXPECTED)
         joint = shrunk(noisy[None], joint[None], variance=variance)[0]
@@ -140,7 +148,7 @@ class _Estimation:
 
     def _grids(self, marginals: Marginals) -> list[Grid]:
         noise = self._noise("conditions", max(len(self.features) * len(self.sets), 1))
-        others = max((prod(self.sizes[place] for place in each) for each in self.sets), default=1)
+        others = max((math.prod(self.sizes[place] for place in each) for each in self.sets), default=1)
         edge_noise = self._noise("edges", max(len(self.features) - 1, 1))
         most = max(affordable(self.rows, noise, others), affordable_square(self.rows, edge_noise), 2)
         return [grid(marginals[c.name], c, most=most, smallest=max(STANDS_OUT * noise, 1.0)) for c in self.features]

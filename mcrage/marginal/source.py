@@ -8,11 +8,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mcrage.data.crossing import Axes, exact_counts, split_counts
-from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.errors import BudgetExceededError
 from mcrage.privacy.accounting import costs_at_most
-from mcrage.privacy.counts import marginals_event, noisy_marginals, patient_rows
+from mcrage.privacy.counts import patient_rows
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.pairs import noisy_tables, tables_event
 
@@ -35,23 +34,10 @@ class LocalSource:
         events: What was released so far.
     """
 
-    sites = 1
-
     def __init__(self, table: pd.DataFrame, schema: TableSchema, *, epsilon: float, delta: float, key: bytes) -> None:
         self._table, self._schema = table, schema
         self._epsilon, self._delta, self._key = epsilon, delta, key
         self.events: tuple[PrivacyEvent, ...] = ()
-
-    def one_ways(self, *, noise: float) -> Marginals:
-        """Histograms of all modelled columns; ``noise`` is 0 for exact ones.
-
-        Raises:
-            BudgetExceededError: If they would cost more than is left.
-        """
-        if noise == 0:
-            return Marginals.of(self._exact_rows(), self._schema)
-        self._charge(marginals_event(self._schema, noise=noise))
-        return noisy_marginals(self._table, self._schema, noise=noise, key=self._key)
 
     def tables(self, tables: Sequence[Axes], *, noise: float) -> list[NDArray[np.float64]]:
         """Tables of counts; ``noise`` is 0 for exact ones.
@@ -64,6 +50,10 @@ class LocalSource:
             return split_counts(exact.astype(np.float64), tables, self._schema)
         self._charge(tables_event(self._schema, tables, noise=noise))
         return noisy_tables(self._table, self._schema, tables, noise=noise, key=self._key).arrays
+
+    def deviation(self, noise: float) -> float:
+        """The same: there is one noise."""
+        return noise
 
     def _exact_rows(self) -> pd.DataFrame:
         self._charge(PrivacyEvent(mechanism="unprotected"))

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts, group_codes
-from mcrage.data.marginals import Marginals, cell_codes, merge_small_cells, num_cells
+from mcrage.data.marginals import Marginals, cell_codes, num_cells, readable
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import PrivacyError
 from mcrage.privacy.discrete import discrete_gaussian, discrete_laplace
@@ -151,10 +151,9 @@ def marginals_event(schema: TableSchema, *, noise: float) -> PrivacyEvent:
 def noisy_marginals(
     table: pd.DataFrame, schema: TableSchema, *, noise: float, key: bytes, minimum: int = MINIMUM_CELL
 ) -> Marginals:
-    """Histograms of all modelled columns, with noise: discrete Gaussian, no negative counts, then small ones merged.
+    """Histograms of all modelled columns, with noise: discrete Gaussian, then made readable.
 
-    Negative counts become 0 and all others of the column lose the same, so that its total stays. Numbers are merged
-    until a cell has three times the noise: of hundreds of cells most say less than nothing.
+    How is said at :func:`mcrage.data.marginals.readable`.
 
     *Guarantee*: a patient is in one cell of each column and changes it by 1, so that the result is the Gaussian
     mechanism composed once per column; the event of :func:`marginals_event` covers it.
@@ -172,21 +171,7 @@ def noisy_marginals(
     noisy = _noisy_columns(table, schema, noise=noise, key=key)
     ends = np.cumsum([num_cells(column) + 1 for column in schema.modelled])[:-1]
     parts = zip(schema.modelled, np.split(noisy.values, ends), strict=True)
-    return Marginals({column.name: _readable_cells(part, column, noise, minimum) for column, part in parts})
-
-
-def without_negatives(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The nearest cells, in squares, that are not negative and have the same sum, or 0 (Duchi et al., 2008)."""
-    total = max(int(cells.sum()), 0)
-    falling = np.sort(cells)[::-1]
-    shifts = (np.cumsum(falling) - total) / np.arange(1, len(cells) + 1)
-    shift = shifts[np.flatnonzero(falling > shifts)[-1]] if total else falling[0]
-    return np.asarray(np.maximum(cells - shift, 0.0))
-
-
-def _readable_cells(noisy: NDArray[np.int64], column: Column, noise: float, minimum: int) -> NDArray[np.float64]:
-    smallest = max(minimum, math.ceil(3 * noise)) if column.is_numeric else minimum
-    return merge_small_cells(without_negatives(noisy), column, smallest)
+    return Marginals({column.name: readable(part, column, deviation=noise, minimum=minimum) for column, part in parts})
 
 
 def scores_event(schema: TableSchema, *, epsilon: float, edges: tuple[float, ...] = SCORE_EDGES) -> PrivacyEvent:

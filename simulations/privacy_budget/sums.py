@@ -3,25 +3,21 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from mcrage.data.crossing import Axes, exact_counts, split_counts, to_json
-from mcrage.data.groups import MINIMUM_CELL
-from mcrage.data.marginals import Marginals, exact_cells, merge_small_cells, num_cells
-from mcrage.data.schema import Column, TableSchema
+from mcrage.data.schema import TableSchema
 from mcrage.errors import BudgetExceededError, PrivacyError
 from mcrage.privacy.accounting import costs_at_most
-from mcrage.privacy.counts import marginals_event, patient_rows, with_noise, without_negatives
+from mcrage.privacy.counts import patient_rows, with_noise
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import derive
 from mcrage.privacy.pairs import tables_event
-
-SMALLEST_SHARE = 1.5
-"""Least standard deviation of a hospital's share: a sum of discrete Gaussians that are narrower is no Gaussian. From
-here on its probabilities differ from one's by a relative 1e-9 (exp(−π²σ²) for the first two shares, less for more)."""
+from mcrage.privacy.shared_counts import SharedCounts
 
 _PUBLIC = bytes(32)  # picks one row of a patient where nothing is kept secret
 
@@ -43,7 +39,6 @@ class SummedSource:
         key: Of all answers.
 
     Attributes:
-        sites: Number of noises in a sum, each of the standard deviation that was asked for; 1 where it is shared.
         events: What every hospital is charged for.
         own_events: The same for what a hospital's own share protects from, if all others collude.
     """
@@ -61,32 +56,14 @@ class SummedSource:
         if not 0 <= colluders < len(tables):
             raise PrivacyError(f"of {len(tables)} hospitals {colluders} cannot collude and one be left")
         self._schema, self._epsilon, self._delta = schema, epsilon, delta
-        self._honest = len(tables) - colluders if colluders else 0
+        self._colluders = colluders
         self._keys = {site: _own_key(key, site) for site in tables}
         self._rows = {
             site: table.iloc[patient_rows(table, schema, key=_PUBLIC if math.isinf(epsilon) else self._keys[site])]
             for site, table in tables.items()
         }
-        self.sites = 1 if colluders else len(tables)
         self.events: tuple[PrivacyEvent, ...] = ()
         self.own_events: tuple[PrivacyEvent, ...] = ()
-
-    def one_ways(self, *, noise: float) -> Marginals:
-        """Histograms of all modelled columns over all hospitals; ``noise`` is 0 for exact ones.
-
-        Raises:
-            BudgetExceededError: If they would cost more than is left.
-        """
-        columns = self._schema.modelled
-        ends = np.cumsum([num_cells(column) + 1 for column in columns])[:-1]
-        exact = {
-            site: np.concatenate([exact_cells(rows[column.name], column) for column in columns]).astype(np.int64)
-            for site, rows in self._rows.items()
-        }
-        event = marginals_event(self._schema, noise=noise) if noise else None
-        total, deviation = self._sum(exact, event, "one way")
-        parts = zip(columns, np.split(total, ends), strict=True)
-        return Marginals({column.name: _readable(part, column, deviation) for column, part in parts})
 
     def tables(self, tables: Sequence[Axes], *, noise: float) -> list[NDArray[np.float64]]:
         """Tables of counts over all hospitals; ``noise`` is 0 for exact ones.
@@ -96,30 +73,35 @@ class SummedSource:
         """
         exact = {site: exact_counts(rows, tables, self._schema) for site, rows in self._rows.items()}
         event = tables_event(self._schema, tables, noise=noise) if noise else None
-        total, _ = self._sum(exact, event, to_json(tables))
+        total = self._sum(exact, event, to_json(tables))
         return split_counts(total.astype(np.float64), tables, self._schema)
 
-    def _sum(
-        self, exact: Mapping[str, NDArray[np.int64]], event: PrivacyEvent | None, what: str
-    ) -> tuple[NDArray[np.int64], float]:
-        """The sum, and the standard deviation of its noise."""
+    def deviation(self, noise: float) -> float:
+        """Standard deviation of the noise of all hospitals on a cell."""
+        if not noise or math.isinf(noise) or not self._colluders:
+            return noise * math.sqrt(len(self._rows))
+        return self._shared(noise).deviation
+
+    def _sum(self, exact: Mapping[str, NDArray[np.int64]], event: PrivacyEvent | None, what: str) -> NDArray[np.int64]:
         if event is None:
             self._charge(PrivacyEvent(mechanism="unprotected"), PrivacyEvent(mechanism="unprotected"))
-            return np.sum(list(exact.values()), axis=0), 0.0
+            return np.sum(list(exact.values()), axis=0)
         own = self.own_event(event)
         self._charge(event, own)
         noisy = [
             with_noise(counts, event=own, key=derive(self._keys[site], "sum", len(self.events), what)).values
             for site, counts in exact.items()
         ]
-        return np.sum(noisy, axis=0), own.noise_multiplier * math.sqrt(len(noisy))
+        return np.sum(noisy, axis=0)
 
     def own_event(self, event: PrivacyEvent) -> PrivacyEvent:
         """What a hospital adds so that the event holds: all of its noise, or a share of it."""
-        if not self._honest:
+        if not self._colluders:
             return event
-        share = max(event.noise_multiplier / math.sqrt(self._honest), SMALLEST_SHARE)
-        return PrivacyEvent(mechanism=event.mechanism, noise_multiplier=share, steps=event.steps)
+        return replace(event, noise_multiplier=self._shared(event.noise_multiplier).own_noise)
+
+    def _shared(self, noise: float) -> SharedCounts:
+        return SharedCounts(noise=noise, sites=len(self._rows), colluders=self._colluders)
 
     def _charge(self, event: PrivacyEvent, own: PrivacyEvent) -> None:
         events = (*self.events, event)
@@ -130,9 +112,3 @@ class SummedSource:
 
 def _own_key(key: bytes, site: str) -> bytes:
     return derive(key, "hospital", hashlib.sha256(site.encode()).digest())
-
-
-def _readable(noisy: NDArray[np.int64], column: Column, deviation: float) -> NDArray[np.float64]:
-    """As a hospital makes its own histograms readable (:func:`mcrage.privacy.counts.noisy_marginals`), of the sum."""
-    smallest = max(MINIMUM_CELL, math.ceil(3 * deviation)) if column.is_numeric else MINIMUM_CELL
-    return merge_small_cells(without_negatives(noisy), column, smallest)

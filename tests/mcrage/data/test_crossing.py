@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mcrage.data.crossing import Axes, Axis, check_axes, exact_counts, shape, split_counts, to_json
+from mcrage.data.crossing import Axes, Axis, check_axes, exact_counts, from_json, shape, split_counts, to_json
 from mcrage.data.marginals import num_cells
 from mcrage.data.schema import TableSchema
 from mcrage.errors import MessageError
@@ -74,4 +74,12 @@ def test_a_column_cannot_be_crossed_with_itself(clinic_schema: TableSchema) -> N
 def test_shapes_and_texts_follow_the_axes(clinic_schema: TableSchema) -> None:
     assert [shape(axes, clinic_schema) for axes in TABLES] == [(2, 2), (3, 3), (3,), ()]
     assert len(WARD.merged) == num_cells(clinic_schema.column("ward")) + 1
+    assert shape((Axis.whole(clinic_schema.column("ward")),), clinic_schema) == (4,)
     assert to_json(TABLES[1:3]) == '[[["age", []], ["ward", [0, 0, 1, 2]]], [["ward", [0, 0, 1, 2]]]]'
+
+
+def test_tables_come_back_from_their_text_and_nothing_else_does() -> None:
+    assert from_json(to_json(TABLES)) == tuple(TABLES)
+    for text in ("", "[1]", '[[["age", [0, 1]]] ]', '[[["age"]]]', "[[[1, []]]]", '[[["age", 3]]]', "[" * 100_000):
+        with pytest.raises(MessageError, match="not the text of tables of counts"):
+            from_json(text)

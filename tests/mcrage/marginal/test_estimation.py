@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 
 from mcrage.data.crossing import Axes, to_json
-from mcrage.data.marginals import Marginals
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import MessageError
 from mcrage.marginal.budget import Budget, Shares
@@ -64,15 +63,8 @@ class Sums:
             LocalSource(table, schema, epsilon=float("inf"), delta=1e-5, key=key)
             for table, key in zip(tables, keys, strict=True)
         ]
-        self.sites = len(tables)
         self.asked: list[str] = []
         self.answers: list[list[Floats]] = []
-
-    def one_ways(self, *, noise: float) -> Marginals:
-        self.asked.append(f"one ways {noise}")
-        first, *others = (part.one_ways(noise=noise) for part in self.parts)
-        self.marginals = sum(others, first)
-        return self.marginals
 
     def tables(self, tables: Sequence[Axes], *, noise: float) -> list[Floats]:
         self.asked.append(f"{to_json(tables)} {noise}")
@@ -80,17 +72,16 @@ class Sums:
         self.answers.append([np.sum(each, axis=0) for each in zip(*answers, strict=True)])
         return self.answers[-1]
 
+    def deviation(self, noise: float) -> float:
+        return noise * len(self.parts) ** 0.5
+
 
 class Replay:
     """Answers that were written down: there is no table behind them."""
 
     def __init__(self, recorded: Sums) -> None:
-        self.sites, self.marginals, self.answers = recorded.sites, recorded.marginals, [*recorded.answers]
+        self.deviation, self.answers = recorded.deviation, [*recorded.answers]
         self.asked: list[str] = []
-
-    def one_ways(self, *, noise: float) -> Marginals:
-        self.asked.append(f"one ways {noise}")
-        return self.marginals
 
     def tables(self, tables: Sequence[Axes], *, noise: float) -> list[Floats]:
         self.asked.append(f"{to_json(tables)} {noise}")

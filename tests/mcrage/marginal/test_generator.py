@@ -128,9 +128,9 @@ def test_noise_follows_from_the_key_and_the_table_and_never_from_the_seed(
     assert shares_of(other) != shares_of(private)
 
     keys: list[bytes] = []
-    ask = LocalSource.one_ways
+    ask = LocalSource.tables
     monkeypatch.setattr(
-        LocalSource, "one_ways", lambda self, *, noise: keys.append(self._key) or ask(self, noise=noise)
+        LocalSource, "tables", lambda self, tables, *, noise: keys.append(self._key) or ask(self, tables, noise=noise)
     )
     for rows in (table, table.iloc[1:], table.iloc[::-1]):
         MarginalGenerator().fit(rows, clinic_schema, epsilon=2.0, key=KEY)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
-from mcrage.data.marginals import Marginals, merge_small_cells, num_cells
+from mcrage.data.marginals import Marginals, merge_small_cells, num_cells, without_negatives
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import PrivacyError, SchemaError
 from mcrage.privacy import counts
@@ -26,7 +26,6 @@ from mcrage.privacy.counts import (
     noisy_scores,
     patient_rows,
     scores_event,
-    without_negatives,
 )
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import derive

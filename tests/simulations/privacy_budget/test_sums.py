@@ -12,7 +12,8 @@ from mcrage.errors import BudgetExceededError, PrivacyError
 from mcrage.marginal.budget import Budget, precision
 from mcrage.marginal.generator import MarginalGenerator
 from mcrage.privacy.accounting import epsilon
-from simulations.privacy_budget.sums import SMALLEST_SHARE, SummedSource
+from mcrage.privacy.shared_counts import SMALLEST_SHARE
+from simulations.privacy_budget.sums import SummedSource
 
 HOSPITALS = 5
 SIGMA = 40.0
@@ -48,14 +49,18 @@ def deviation(source: SummedSource, tiny_schema: TableSchema) -> float:
 
 @pytest.mark.parametrize("colluders", [1, 3])
 def test_shared_noise_is_in_the_sum_once_even_without_the_colluders(tiny_schema: TableSchema, colluders: int) -> None:
-    found = deviation(source_of(tiny_schema, colluders=colluders), tiny_schema)
+    source = source_of(tiny_schema, colluders=colluders)
+    found = deviation(source, tiny_schema)
+    assert found == pytest.approx(source.deviation(SIGMA), rel=0.1)
     stated = SIGMA * math.sqrt(HOSPITALS / (HOSPITALS - colluders))
     assert found == pytest.approx(stated, rel=0.1)
     assert found * math.sqrt((HOSPITALS - colluders) / HOSPITALS) == pytest.approx(SIGMA, rel=0.1)
 
 
 def test_local_noise_is_in_the_sum_as_often_as_there_are_hospitals(tiny_schema: TableSchema) -> None:
-    found = deviation(source_of(tiny_schema, colluders=0), tiny_schema)
+    source = source_of(tiny_schema, colluders=0)
+    found = deviation(source, tiny_schema)
+    assert found == pytest.approx(source.deviation(SIGMA), rel=0.1)
     assert found == pytest.approx(SIGMA * math.sqrt(HOSPITALS), rel=0.1)
     assert found != pytest.approx(SIGMA * math.sqrt(HOSPITALS / (HOSPITALS - 1)), rel=0.1)
 
@@ -76,14 +81,13 @@ def test_no_share_is_so_small_that_the_sum_would_be_no_gaussian(tiny_schema: Tab
     source.tables(TABLES[:1], noise=1.0)
     assert source.own_events[0].noise_multiplier == SMALLEST_SHARE
     assert source.events[0].noise_multiplier == 1.0
+    assert source.deviation(1.0) == SMALLEST_SHARE * math.sqrt(HOSPITALS)
 
 
 def test_exact_counts_are_the_sum_of_the_hospitals(tiny_schema: TableSchema) -> None:
     source = source_of(tiny_schema, colluders=1, limit=math.inf)
     (cells,) = source.tables(TABLES[:1], noise=0)
     assert cells.sum() == 200 * HOSPITALS
-    marginals = source.one_ways(noise=0)
-    assert [cells.sum() for cells in marginals.values()] == pytest.approx([200 * HOSPITALS] * len(marginals))
     assert {event.mechanism for event in source.events} == {"unprotected"}
 
 
