@@ -11,6 +11,7 @@ from client.places import DEBUG_LOG
 from client.site import Site
 from mcrage.messages import (
     AccountInstruction,
+    CountInstruction,
     DescribeInstruction,
     EvaluateInstruction,
     Outgoing,
@@ -43,6 +44,12 @@ def train(message: Message, context: Context) -> Message:
 def summed(message: Message, context: Context) -> Message:
     """The site's part of a step with shared noise, under a mask."""
     return _answered(message, context, lambda site: site.sum(SumInstruction.from_wire(incoming(message))))
+
+
+@app.train("count")
+def count(message: Message, context: Context) -> Message:
+    """Tables of counts of the site's training patients, exact, noisy, or as a part of a sum under a mask."""
+    return _answered(message, context, lambda site: site.count(CountInstruction.from_wire(incoming(message))))
 
 
 @app.evaluate()

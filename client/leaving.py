@@ -59,6 +59,8 @@ def _leaving(policy: "SitePolicy", schema: TableSchema) -> list[str]:
         ),
         "sums over patients that open only together with those of other sites: "
         + (_shared(privacy) if may_train and "shared" in privacy.noise else "never"),
+        "tables of counts of a few columns: "
+        + (_tables(policy) if may_train and privacy.allow_histograms else "never"),
         "mean losses: " + ("as they are" if has_loss else "never"),
         "scores of test patients, counted: "
         + _ways(f"epsilon at most {privacy.max_score_epsilon:g}", "evaluate" in data.tasks, False),
@@ -76,6 +78,14 @@ def _shared(privacy: "PrivacyRules") -> str:
         f"{privacy.min_noise_multiplier:g} times what one patient can change in a step, also where "
         f"{privacy.min_colluders} of them tell theirs); the other sites: {others}"
     )
+
+
+def _tables(policy: "SitePolicy") -> str:
+    privacy, least = policy.privacy, f"at least {policy.privacy.min_histogram_noise:g} on each cell"
+    shared = f"{least}, of which {privacy.min_sharing_sites} sites or more add up"
+    ways = {"local": f"with noise ({least})", "shared": f"in a sum with noise ({shared})"}
+    exact = ["as they are"] if not privacy.required and policy.data.release_exact_counts else []
+    return " or ".join([*(ways[each] for each in privacy.noise), *exact]) or "never"
 
 
 def _ways(noise: str, has_noise: bool, is_exact: bool) -> str:

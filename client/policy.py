@@ -20,20 +20,38 @@ from client.rules import DataRules as DataRules
 from client.rules import ModelRules as ModelRules
 from client.rules import PrivacyRules as PrivacyRules
 from client.rules import Section, Task
+from mcrage.data.crossing import check_axes, from_json, num_counts
 from mcrage.data.schema import TableSchema
-from mcrage.errors import RefusedError, SchemaError
-from mcrage.messages import DescribeInstruction, EvaluateInstruction, SumInstruction, TrainInstruction
+from mcrage.errors import MessageError, RefusedError, SchemaError
+from mcrage.messages import (
+    CountInstruction,
+    DescribeInstruction,
+    EvaluateInstruction,
+    SumInstruction,
+    TrainInstruction,
+)
 from mcrage.privacy.events import LARGEST_NOISE
 from mcrage.refusals import REFUSALS
 
-Instruction = DescribeInstruction | TrainInstruction | SumInstruction | EvaluateInstruction
+Instruction = DescribeInstruction | TrainInstruction | SumInstruction | CountInstruction | EvaluateInstruction
 
 _TASKS: dict[type, Task] = {
     DescribeInstruction: "describe",
     TrainInstruction: "train",
     SumInstruction: "train",
+    CountInstruction: "train",
     EvaluateInstruction: "evaluate",
 }
+_SETTINGS = (
+    "count_epsilon",
+    "histogram_noise",
+    "score_epsilon",
+    "noise_multiplier",
+    "sample_rate",
+    "max_grad_norm",
+    "noise",
+    "peers",
+)
 _MB = 2**20
 _MOST_ARRAYS = 1_000
 _MOST_CONTAINERS = 200_000  # of a description: each takes 60 bytes and more, for two characters of text
@@ -103,7 +121,9 @@ class SitePolicy(Section):
             min_sharing_sites=2,
             allow_unknown_peers=True,
         )
-        data = DataRules(min_test_fraction=1e-12, max_test_fraction=1 - 1e-12, release_loss=True)
+        data = DataRules(
+            min_test_fraction=1e-12, max_test_fraction=1 - 1e-12, release_loss=True, release_exact_counts=True
+        )
         model = ModelRules(max_width=4096, max_depth=32, max_parameters=200_000_000, max_learning_rate=1e3)
         return cls(privacy=privacy, data=data, model=model)
 
@@ -133,7 +153,7 @@ class SitePolicy(Section):
         """
         code = next(self._broken(instruction, schema), None)
         if code is not None:
-            asked = instruction.model_dump(exclude={"description", "parameters"})
+            asked = instruction.model_dump(exclude={"description", "parameters", "tables"})
             raise RefusedError(code, f"{REFUSALS[code]}; policy {self.fingerprint[:12]}, asked for {asked}")
 
     def _broken(self, instruction: Instruction, schema: TableSchema) -> Iterator[int]:
@@ -142,6 +162,8 @@ class SitePolicy(Section):
         yield from self._privacy(instruction)
         if isinstance(instruction, TrainInstruction):
             yield from self._training(instruction)
+        if isinstance(instruction, CountInstruction):
+            yield from self._tables(instruction, schema)
         if isinstance(instruction, TrainInstruction | SumInstruction | EvaluateInstruction):
             yield from self._model(instruction, schema)
 
@@ -163,26 +185,28 @@ class SitePolicy(Section):
             yield 2008
 
     def _privacy(self, instruction: Instruction) -> Iterator[int]:
-        if _has_settings(instruction) != instruction.dp:
+        if _has_settings(instruction) != (instruction.dp and not _tells_nothing(instruction)):
             yield 2007
         if not instruction.dp:
             return
-        if instruction.delta <= 0:
-            yield 2106
-        if instruction.delta > self.delta:
-            yield 2105
+        if not 0 < instruction.delta <= self.delta:
+            yield 2106 if instruction.delta <= 0 else 2105
         if isinstance(instruction, DescribeInstruction):
             yield from self._counts(instruction)
         elif isinstance(instruction, TrainInstruction):
             yield from self._protected_training(instruction)
         elif isinstance(instruction, SumInstruction):
             yield from self._shared(instruction)
+        elif isinstance(instruction, CountInstruction):
+            yield from self._noisy_tables(instruction)
         else:
             yield from self._scores(instruction)
 
     def _counts(self, instruction: DescribeInstruction) -> Iterator[int]:
-        if not 0 < instruction.count_epsilon <= self.privacy.max_count_epsilon:
+        if instruction.counts and not 0 < instruction.count_epsilon <= self.privacy.max_count_epsilon:
             yield 2113
+        if not instruction.counts and instruction.count_epsilon:
+            yield 2007
         if instruction.marginals and instruction.histogram_noise < self.privacy.min_histogram_noise:
             yield 2114
         if not instruction.marginals and instruction.histogram_noise:
@@ -203,16 +227,47 @@ class SitePolicy(Section):
 
     def _shared(self, instruction: SumInstruction) -> Iterator[int]:
         yield from self._noise(instruction)
-        if "shared" not in self.privacy.noise:
-            yield 2130
-        if instruction.colluders < self.privacy.min_colluders:
-            yield 2132
+        yield from self._sharing(instruction)
         if instruction.server_round > self.privacy.max_rounds_run:
             yield 2110
         if instruction.total_rounds > self.privacy.max_steps_run:
             yield 2111
         if instruction.server_round > instruction.total_rounds:
             yield 2112
+
+    def _sharing(self, instruction: SumInstruction | CountInstruction) -> Iterator[int]:
+        if "shared" not in self.privacy.noise:
+            yield 2130
+        if instruction.colluders < self.privacy.min_colluders:
+            yield 2132
+
+    def _noisy_tables(self, instruction: CountInstruction) -> Iterator[int]:
+        if instruction.noise < self.privacy.min_histogram_noise:
+            yield 2114
+        if instruction.peers:
+            yield from self._sharing(instruction)
+        elif "local" not in self.privacy.noise:
+            yield 2136
+
+    def _tables(self, instruction: CountInstruction, schema: TableSchema) -> Iterator[int]:
+        if not self.privacy.allow_histograms:
+            yield 2116
+        if not instruction.dp and not self.data.release_exact_counts:
+            yield 2140
+        if instruction.server_round > self.privacy.max_rounds_run:
+            yield 2110
+        text = instruction.tables
+        if len(text) > self.model.max_description_mb * _MB or text.count("[") > _MOST_CONTAINERS:
+            yield 2141
+        try:
+            tables = from_json(text)
+            check_axes(tables, schema)
+        except MessageError:
+            tables = ()
+        if not tables:
+            yield 2142
+        if len(tables) > self.data.max_tables or num_counts(tables, schema) > self.data.max_cells:
+            yield 2141
 
     def check_peers(self, peers: Mapping[str, bytes], *, colluders: int) -> None:
         """Raises unless the noise may be shared with these sites.
@@ -282,10 +337,14 @@ class SitePolicy(Section):
             yield 2204
 
 
+def _tells_nothing(instruction: Instruction) -> bool:
+    """Whether the reply depends on no row."""
+    return isinstance(instruction, DescribeInstruction) and not instruction.counts and not instruction.marginals
+
+
 def _has_settings(instruction: Instruction) -> bool:
     """Whether an instruction says anything about its noise."""
-    names = ("count_epsilon", "histogram_noise", "score_epsilon", "noise_multiplier", "sample_rate", "max_grad_norm")
-    has_noise = any(getattr(instruction, name, 0.0) for name in names)
+    has_noise = any(getattr(instruction, name, 0.0) for name in _SETTINGS)
     # Without privacy δ and draws say something that does not belong there; alone they are no privacy.
     return has_noise or (not instruction.dp and (instruction.delta > 0 or getattr(instruction, "draws", 1) > 1))
 

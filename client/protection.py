@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from client.places import LEDGER, POLICY, SECRET, WITNESS
-from client.policy import SitePolicy
+from client.policy import Instruction, SitePolicy
 from mcrage import __version__
 from mcrage.data.schema import TableSchema
 from mcrage.errors import MessageError, RefusedError
-from mcrage.messages import DescribeInstruction, EvaluateInstruction, SumInstruction, TrainInstruction
+from mcrage.messages import CountInstruction, SumInstruction
 from mcrage.peers import Peer, peers_from_json
 from mcrage.privacy.accounting import epsilon, merge
 from mcrage.privacy.events import PrivacyEvent
@@ -30,8 +30,6 @@ from mcrage.refusals import REFUSALS
 UNPROTECTED = PrivacyEvent(mechanism="unprotected")
 
 _LOG = logging.getLogger("mcrage.site")
-
-Instruction = DescribeInstruction | TrainInstruction | SumInstruction | EvaluateInstruction
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Protection:
         public, secret = self.mask_key(run, dataset=dataset).public, read_secret(self.folder / SECRET)
         return Peer.signed(public, site=self.site, run=run, secret=secret).to_json()
 
-    def peers(self, instruction: SumInstruction, own: MaskKey) -> dict[str, bytes]:
+    def peers(self, instruction: SumInstruction | CountInstruction, own: MaskKey) -> dict[str, bytes]:
         """Keys for masks of the sites that are asked together, if the noise may be shared with them.
 
         Raises:
@@ -185,7 +183,9 @@ class Protection:
             return Release(read_secret(self.folder / SECRET), bytes.fromhex(digest))
         if instruction.dp:
             _LOG.warning("THE NOISE COMES FROM A SEED THAT THE SERVER KNOWS: it protects nobody; simulations only")
-        if isinstance(instruction, SumInstruction):  # the keys of masks follow from secrets, which no seed knows
+        if isinstance(
+            instruction, SumInstruction | CountInstruction
+        ):  # the keys of masks follow from secrets, which no seed knows
             asked = instruction_digest(instruction.model_copy(update={"peers": ""}))
         return Release(derive(bytes(32), "simulated", instruction.noise_seed, self.site), asked)
 

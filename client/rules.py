@@ -29,12 +29,13 @@ class PrivacyRules(Section):
         min_grad_norm, max_grad_norm: The clipping norm lies between them.
         max_steps_round, max_steps_run, max_rounds_run: Length of a training.
         max_count_epsilon, max_score_epsilon: Of the group counts, and of the scores of the test patients.
-        min_histogram_noise: Standard deviation on every cell of the one-way histograms.
-        allow_histograms: Whether one-way histograms may leave.
+        min_histogram_noise: Standard deviation on every cell of one-way histograms and of tables of counts.
+        allow_histograms: Whether one-way histograms and tables of counts may leave.
         max_releases: Events in the ledger, for ever.
         allow_simulated_noise: Whether noise may come from a seed, which protects nobody.
-        noise: Whose noise may protect a training step: ``local`` for the site's own, ``shared`` for that of all sites
-            together, which the server must not be able to take apart (:mod:`mcrage.privacy.shared`).
+        noise: Whose noise may protect a training step or a table of counts: ``local`` for the site's own, ``shared``
+            for that of all sites together, which the server must not be able to take apart
+            (:mod:`mcrage.privacy.shared`).
         min_sharing_sites: Fewest sites that share the noise, this one among them.
         min_colluders: How many of them the noise has to reckon with as colluding.
         peers: Sites that may share the noise and their signing keys, as ``name:key``.
@@ -81,9 +82,14 @@ class DataRules(Section):
     Attributes:
         tasks: What may be asked.
         allowed_columns: Columns that may be modelled; empty for all of the schema.
-        minimum_cell: Smallest count that may leave, also where it has noise.
+        minimum_cell: Smallest number of patients by group that may leave, also where it has noise; cells of one-way
+            histograms with fewer are merged. Tables of counts, from which the marginal generator is made, cannot keep
+            to it: their margins would tell what is hidden.
         min_test_fraction, max_test_fraction: The share of test patients lies between them.
         release_loss: Whether a loss may leave in a run without privacy; with privacy none does.
+        release_exact_counts: Whether tables of counts may leave as they are, small cells included, in a run without
+            privacy.
+        max_tables, max_cells: Of the tables of counts that are asked for at once.
     """
 
     tasks: tuple[Task, ...] = ("describe", "train", "evaluate")
@@ -92,6 +98,9 @@ class DataRules(Section):
     min_test_fraction: float = Field(default=0.05, gt=0, lt=1)
     max_test_fraction: float = Field(default=0.5, gt=0, lt=1)
     release_loss: bool = False
+    release_exact_counts: bool = False
+    max_tables: int = Field(default=5_000, ge=1)
+    max_cells: int = Field(default=1_000_000, ge=1)
 
 
 class ModelRules(Section):

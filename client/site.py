@@ -10,7 +10,7 @@ Whatever is asked goes the same way: the schema, the policy, the model, the ledg
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,20 +20,24 @@ import torch
 
 from client import tables
 from client.places import SECRET
+from client.policy import Instruction
 from client.pretend import pretend_private_folder
-from client.protection import Instruction, Protection, Release, instruction_digest
+from client.protection import Protection, Release, instruction_digest
 from mcrage import __version__, rng
 from mcrage.cddpm import CDDPM
 from mcrage.config import SITE_NAME, RunConfig, Scalar
+from mcrage.data.crossing import Axes, exact_counts, from_json
 from mcrage.data.groups import MINIMUM_CELL, Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.schema import Column, TableSchema
 from mcrage.errors import ConfigError, MessageError, ParameterError, RefusedError
 from mcrage.messages import (
     AccountInstruction,
+    CountInstruction,
     DescribeInstruction,
     EvaluateInstruction,
     SiteAccount,
+    SiteCounts,
     SiteDescription,
     SiteLoss,
     SiteScores,
@@ -43,8 +47,11 @@ from mcrage.messages import (
     TrainInstruction,
 )
 from mcrage.privacy import counts
+from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import read_secret
+from mcrage.privacy.pairs import noisy_tables, tables_event
 from mcrage.privacy.shared import SharedNoise, as_words
+from mcrage.privacy.shared_counts import SharedCounts
 from mcrage.refusals import OF_FAULT
 from mcrage.signing import signed
 from mcrage.training.local import TrainingConfig, train_steps
@@ -91,20 +98,13 @@ class Site:
     def describe(self, instruction: DescribeInstruction) -> SiteDescription:
         """What the server may know about the training rows before training."""
         schema = self._schema(instruction)
-        events = []
-        if instruction.dp:
-            events.append(counts.group_counts_event(schema, epsilon=instruction.count_epsilon))
-            if instruction.marginals:
-                events.append(counts.marginals_event(schema, noise=instruction.histogram_noise))
-        key = self._key(instruction.test_fraction)
-        release = self._protection.charge(instruction, events, dataset=self._dataset)
-        _, train, _ = tables.split(key)
+        group_counts, marginals = self._described(instruction, schema)
         return SiteDescription(
             site=self.name,
             schema_fingerprint=schema.fingerprint,
             schema_text=schema.to_json(),
-            group_counts=self._group_counts(train, schema, instruction, release),
-            marginals=self._marginals(train, schema, instruction, release) if instruction.marginals else None,
+            group_counts=group_counts,
+            marginals=marginals,
             versions=_versions(),
             mask_key=self._protection.offer(instruction.run, dataset=self._dataset) if instruction.shares_noise else "",
         )
@@ -154,6 +154,40 @@ class Site:
         mask = own.mask(len(steps), site=self.name, peers=peers, context=instruction_digest(instruction))
         return SiteSum(server_round=instruction.server_round, words=as_words(steps) + mask)
 
+    def count(self, instruction: CountInstruction) -> SiteCounts | SiteSum:
+        """Tables of counts of the training patients: as they are, noisy, or as a part of a sum under a mask."""
+        schema = self._schema(instruction)
+        asked = from_json(instruction.tables)
+        if instruction.peers:
+            return self._masked_counts(instruction, schema, asked)
+        events = [tables_event(schema, asked, noise=instruction.noise)] if instruction.dp else []
+        people, release = self._people(instruction, schema, events)
+        if instruction.dp:
+            key = release.key("tables")
+            cells = noisy_tables(people, schema, asked, noise=instruction.noise, key=key).counts.values
+        else:
+            cells = exact_counts(people, asked, schema)
+        return SiteCounts(server_round=instruction.server_round, counts=cells.astype(np.float64))
+
+    def _masked_counts(self, instruction: CountInstruction, schema: TableSchema, asked: Sequence[Axes]) -> SiteSum:
+        own = self._protection.mask_key(instruction.run, dataset=self._dataset)
+        peers = self._protection.peers(instruction, own)
+        shared = SharedCounts(noise=instruction.noise, sites=len(peers), colluders=instruction.colluders)
+        event = shared.event(tables_event(schema, asked, noise=instruction.noise))
+        people, release = self._people(instruction, schema, [event])
+        cells = shared.share(exact_counts(people, asked, schema), key=release.key("tables"))
+        mask = own.mask(len(cells), site=self.name, peers=peers, context=instruction_digest(instruction))
+        return SiteSum(server_round=instruction.server_round, words=as_words(cells) + mask)
+
+    def _people(
+        self, instruction: CountInstruction, schema: TableSchema, events: Sequence[PrivacyEvent]
+    ) -> tuple[pd.DataFrame, Release]:
+        """A row of each training patient, the same in all questions, once their release is charged."""
+        key = self._key(instruction.test_fraction)
+        release = self._protection.charge(instruction, events, dataset=self._dataset)
+        _, train, _ = tables.split(key)
+        return train.iloc[counts.patient_rows(train, schema, key=release.spreading)], release
+
     def evaluate(self, instruction: EvaluateInstruction) -> SiteLoss | SiteScores:
         """Loss on the test rows, or under privacy noisy counts of what the label model says of the test patients.
 
@@ -189,6 +223,23 @@ class Site:
             PrivacyError: If the site has no secret that it could sign with.
         """
         return signed(wire, site=self.name, instruction=instruction, secret=read_secret(self.private_dir / SECRET))
+
+    def _described(self, instruction: DescribeInstruction, schema: TableSchema) -> tuple[GroupCounts, Marginals | None]:
+        """What a description tells of the training rows, once that is charged; of none where nothing is asked for."""
+        if not instruction.counts and not instruction.marginals:
+            return GroupCounts({}), None
+        events = []
+        if instruction.dp and instruction.counts:
+            events.append(counts.group_counts_event(schema, epsilon=instruction.count_epsilon))
+        if instruction.dp and instruction.marginals:
+            events.append(counts.marginals_event(schema, noise=instruction.histogram_noise))
+        key = self._key(instruction.test_fraction)
+        release = self._protection.charge(instruction, events, dataset=self._dataset)
+        _, train, _ = tables.split(key)
+        return (
+            self._group_counts(train, schema, instruction, release) if instruction.counts else GroupCounts({}),
+            self._marginals(train, schema, instruction, release) if instruction.marginals else None,
+        )
 
     def _group_counts(
         self, train: pd.DataFrame, schema: TableSchema, instruction: DescribeInstruction, release: Release

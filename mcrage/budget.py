@@ -105,10 +105,10 @@ def _in_lines(path: Path, content: dict[str, Any]) -> str:
 
 def _event_in_words(event: dict[str, Any]) -> str:
     noise, steps = event["noise_multiplier"], event["steps"]
+    shared = f" shared, own share {event['own_noise']:.3g}" if event.get("own_noise") else ""
     if event["mechanism"] == "dp-sgd":
-        shared = f" shared, own share {event['own_noise']:.3g}" if event.get("own_noise") else ""
         return f"{steps:,} steps of dp-sgd, noise multiplier {noise:g}{shared}, sample rate {event['sample_rate']:g}"
-    return f"{steps:,} counts with {event['mechanism']} noise {noise:g}"
+    return f"{steps:,} counts with {event['mechanism']} noise {noise:g}{shared}"
 
 
 @app.command("plan")

@@ -35,12 +35,14 @@ class DescribeInstruction(Instruction):
 
     Attributes:
         marginals: Whether one-way histograms are asked for.
+        counts: Whether numbers of rows by group are asked for.
         count_epsilon: ε of the group counts.
         histogram_noise: Standard deviation of the noise on each cell of the histograms.
         shares_noise: Whether a key is asked for, with which sites mask what they send.
     """
 
     marginals: bool
+    counts: bool = True
     count_epsilon: _NotNegative = 0.0
     histogram_noise: _NotNegative = 0.0
     shares_noise: bool = False
@@ -129,6 +131,32 @@ class SumInstruction(_ModelInstruction):
     def from_wire(cls, wire: Wire) -> "SumInstruction":
         """Checks every value; the model checks the parameters when it loads them."""
         return checked(cls, wire.values, parameters=wire.arrays)
+
+
+class CountInstruction(Instruction):
+    """Asks a site for tables of counts of its training patients, alone or, with ``peers``, for its part of a sum.
+
+    Attributes:
+        server_round: Which question of the run, from 1.
+        attempt: Sums of the run that stayed closed before this one: no two requests are the same.
+        tables: What to cross with what, as JSON (:func:`mcrage.data.crossing.to_json`).
+        noise: Standard deviation of the noise on each cell: the site's own or, with ``peers``, that of the honest
+            sites together.
+        colluders: How many of the peers may tell what noise they added; 0 without peers.
+        peers: Who is asked together, with signed keys (:mod:`mcrage.peers`); empty where the site answers by itself.
+    """
+
+    server_round: Round
+    attempt: Annotated[int, Field(ge=0)] = 0
+    tables: str
+    noise: _NotNegative = 0.0
+    colluders: Annotated[int, Field(ge=0)] = 0
+    peers: str = ""
+
+    @classmethod
+    def from_wire(cls, wire: Wire) -> "CountInstruction":
+        """Checks every field; the site's policy looks into the tables."""
+        return checked(cls, wire.values)
 
 
 class EvaluateInstruction(_ModelInstruction):

@@ -1,11 +1,11 @@
 """Every field that crosses a site's border: the whole list of what a hospital is told and what it tells.
 
 To the site (:mod:`mcrage.instructions`): :class:`DescribeInstruction`, :class:`TrainInstruction`,
-:class:`SumInstruction`, :class:`EvaluateInstruction` and :class:`AccountInstruction`. From the site:
-:class:`SiteDescription`, :class:`SiteUpdate` or :class:`SiteSum`, :class:`SiteLoss` or :class:`SiteScores`,
-:class:`SiteAccount`, and nothing else, but for the site's signature of each (:mod:`mcrage.signing`); an error leaves as
-a code and an id. Under differential privacy counts and scores are noisy, parameters are computed from noisy gradients,
-sums are noisy and masked, and no loss leaves.
+:class:`SumInstruction`, :class:`CountInstruction`, :class:`EvaluateInstruction` and :class:`AccountInstruction`. From
+the site: :class:`SiteDescription`, :class:`SiteUpdate`, :class:`SiteCounts` or :class:`SiteSum`, :class:`SiteLoss` or
+:class:`SiteScores`, :class:`SiteAccount`, and nothing else, but for the site's signature of each
+(:mod:`mcrage.signing`); an error leaves as a code and an id. Under differential privacy counts and scores are noisy,
+parameters are computed from noisy gradients, sums are noisy and masked, and no loss leaves.
 
 ``to_wire`` gives plain values and arrays. ``from_wire`` lets in what was agreed and nothing more: exact names, types,
 ranges, dtypes, shapes, finite numbers.
@@ -35,6 +35,7 @@ from mcrage.errors import (
     SchemaError,
 )
 from mcrage.instructions import AccountInstruction as AccountInstruction
+from mcrage.instructions import CountInstruction as CountInstruction
 from mcrage.instructions import DescribeInstruction as DescribeInstruction
 from mcrage.instructions import EvaluateInstruction as EvaluateInstruction
 from mcrage.instructions import Round, Sha256
@@ -133,7 +134,7 @@ class SiteUpdate(WireMessage):
 
 
 class SiteSum(WireMessage):
-    """What a site tells in a step with shared noise: the sum of its patients' gradients, noisy and masked.
+    """What a site tells where noise is shared: the sum of its patients' gradients, or its counts, noisy and masked.
 
     By itself it is uniform; only the sum over all sites that were asked together means anything.
     """
@@ -154,6 +155,27 @@ class SiteSum(WireMessage):
         if set(wire.arrays) != {"words"} or words is None or words.shape != (size,) or words.dtype != np.uint32:
             raise MessageError(f"expected {size:,} words and nothing else")
         return checked(cls, wire.values, words=words)
+
+
+class SiteCounts(WireMessage):
+    """What a site tells of its training patients in tables of counts: all cells, one table after the other.
+
+    They are exact without privacy, and with it have noise on each, negative ones included.
+    """
+
+    array_fields: ClassVar[frozenset[str]] = frozenset({"counts"})
+
+    server_round: Round
+    counts: SkipValidation[NDArray[np.float64]]
+
+    def to_wire(self) -> Wire:
+        """The message as plain data."""
+        return Wire(super().to_wire().values, {"counts": self.counts})
+
+    @classmethod
+    def from_wire(cls, wire: Wire, *, size: int) -> "SiteCounts":
+        """Checks every field; there are ``size`` whole numbers."""
+        return checked(cls, wire.values, counts=_counts(wire, (size,)))
 
 
 class SiteLoss(WireMessage):
@@ -185,12 +207,7 @@ class SiteScores(WireMessage):
     @classmethod
     def from_wire(cls, wire: Wire, *, shape: tuple[int, ...]) -> "SiteScores":
         """Checks every field; the counts are whole numbers of this shape."""
-        counts = wire.arrays.get("counts")
-        if set(wire.arrays) != {"counts"} or counts is None or counts.shape != shape or counts.dtype != np.float64:
-            raise MessageError(f"expected counts of shape {shape} and nothing else")
-        if not ((np.abs(counts) <= _MOST_PATIENTS).all() and (counts == np.round(counts)).all()):
-            raise MessageError(f"expected counts that are whole numbers within ±{_MOST_PATIENTS:,}")
-        return checked(cls, wire.values, counts=counts)
+        return checked(cls, wire.values, counts=_counts(wire, shape))
 
 
 class SiteAccount(WireMessage):
@@ -261,8 +278,17 @@ _ERRORS: dict[int, tuple[type[BaseException], str]] = {
     1000: (BaseException, "the site failed unexpectedly"),
 }
 
-Outgoing = SiteDescription | SiteUpdate | SiteSum | SiteLoss | SiteScores | SiteAccount
+Outgoing = SiteDescription | SiteUpdate | SiteSum | SiteCounts | SiteLoss | SiteScores | SiteAccount
 """Everything that may leave a site when all is well."""
+
+
+def _counts(wire: Wire, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    counts = wire.arrays.get("counts")
+    if set(wire.arrays) != {"counts"} or counts is None or counts.shape != shape or counts.dtype != np.float64:
+        raise MessageError(f"expected counts of shape {shape} and nothing else")
+    if not ((np.abs(counts) <= _MOST_PATIENTS).all() and (counts == np.round(counts)).all()):
+        raise MessageError(f"expected counts that are whole numbers within ±{_MOST_PATIENTS:,}")
+    return counts
 
 
 def counts_to_json(counts: GroupCounts) -> str:

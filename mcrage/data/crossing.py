@@ -57,6 +57,11 @@ def shape(axes: Axes, schema: TableSchema) -> tuple[int, ...]:
     return tuple(axis.size(schema) for axis in axes)
 
 
+def num_counts(tables: Sequence[Axes], schema: TableSchema) -> int:
+    """Cells of all tables together."""
+    return sum(math.prod(shape(axes, schema)) for axes in tables)
+
+
 def check_axes(tables: Sequence[Axes], schema: TableSchema) -> None:
     """Raises unless each table is one of different modelled columns whose cells are merged to cells 0, 1, 2 and so on.
 

@@ -30,9 +30,9 @@ class PrivacyEvent:
             (``discrete-gaussian``), or scale of a count, 1/ε (``discrete-laplace``).
         sample_rate: Probability that a patient is in a step's batch (``dp-sgd``); else 1.
         steps: Noisy steps (``dp-sgd``), or counts that one patient changes.
-        own_noise: Where sites share the noise (``dp-sgd``, :mod:`mcrage.privacy.shared`), the noise multiplier of this
-            site's share alone, which is all that is left against whoever breaks the aggregation; 0 where all of
-            ``noise_multiplier`` is this site's.
+        own_noise: Where sites share Gaussian noise (:mod:`mcrage.privacy.shared`,
+            :mod:`mcrage.privacy.shared_counts`), that of this site's share alone, which is all that is left against
+            whoever breaks the aggregation; 0 where all of ``noise_multiplier`` is this site's.
     """
 
     mechanism: Mechanism
@@ -54,20 +54,22 @@ class PrivacyEvent:
             raise PrivacyError(f"sample_rate must lie in (0, {LARGEST_RATE:g}], got {self.sample_rate}")
         if not 1 <= self.steps <= MOST_STEPS:
             raise PrivacyError(f"steps must lie in [1, {MOST_STEPS:,}], got {self.steps}")
-        if self.own_noise and not (is_sgd and 0 < self.own_noise <= self.noise_multiplier):
-            raise PrivacyError("own_noise is a share of the noise of dp-sgd, above 0 and at most all of it")
+        if self.own_noise and not (
+            self.mechanism != "discrete-laplace" and 0 < self.own_noise <= self.noise_multiplier
+        ):
+            raise PrivacyError("own_noise is a share of Gaussian noise, above 0 and at most all of it")
 
     @property
     def in_words(self) -> str:
         """The event for people."""
         counted = f"{self.steps:,} {'count' if self.steps == 1 else 'counts'} per patient"
+        shared = f" shared by the sites, {self.own_noise:.3g} of it this site's" if self.own_noise else ""
         match self.mechanism:
             case "dp-sgd":
-                shared = f" shared by the sites, {self.own_noise:.3g} of it this site's" if self.own_noise else ""
                 noise = f"noise multiplier {self.noise_multiplier:g}{shared}"
                 return f"{self.steps:,} steps, sample rate {self.sample_rate:g}, {noise}"
             case "discrete-gaussian":
-                return f"{counted} with Gaussian noise of standard deviation {self.noise_multiplier:g}"
+                return f"{counted} with Gaussian noise of standard deviation {self.noise_multiplier:g}{shared}"
             case "discrete-laplace":
                 return f"{counted} with Laplace noise of scale {self.noise_multiplier:g}"
             case _:

@@ -12,13 +12,14 @@ What wraps around modulo 2³² is a function of the sum.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mcrage.errors import PrivacyError
 from mcrage.privacy.discrete import discrete_gaussian
+from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import KeyedBits
 from mcrage.privacy.shared import MOST_SITES
 
@@ -62,6 +63,10 @@ class SharedCounts:
     def deviation(self) -> float:
         """Standard deviation of all sites' shares together."""
         return self.own_noise * math.sqrt(self.sites)
+
+    def event(self, whole: PrivacyEvent) -> PrivacyEvent:
+        """What a release of the sum costs, with a site's share beside it, from what it costs with all of the noise."""
+        return replace(whole, own_noise=min(self.own_noise, whole.noise_multiplier))
 
     def share(self, exact: NDArray[np.int64], *, key: bytes) -> NDArray[np.int64]:
         """A site's counts with its share of the noise on each, which protects nobody by itself.

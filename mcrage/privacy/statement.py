@@ -180,9 +180,9 @@ _SEVERAL = (
     "sampling of sites, by secure aggregation, by shuffling or by hidden iterates"
 )
 _SUMS = (
-    "the sum of the sites' masked messages in every step with shared noise, every other message of the site, the final "
-    "model and any amount of synthetic rows: the public, the server, and as many of the other sites together as the "
-    "run's dp-colluders says"
+    "the sum of the sites' masked messages in every step and every table of counts with shared noise, every other "
+    "message of the site, the final model and any amount of synthetic rows: the public, the server, and as many of the "
+    "other sites together as the run's dp-colluders says"
 )
 _BROKEN = (
     "Against more sites than that together, the server among them or not, and against whoever breaks the cryptography "

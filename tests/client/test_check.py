@@ -351,6 +351,7 @@ def test_what_may_leave_is_told_in_words(hospital: Hospital) -> None:
         "histograms of single columns: with noise (at least 5 on each bar)",
         "parameters of the model: with noise (at least 0.5 times what one patient can change in a step)",
         "sums over patients that open only together with those of other sites: never",
+        "tables of counts of a few columns: with noise (at least 5 on each cell)",
         "mean losses: never",
         "scores of test patients, counted: with noise (epsilon at most 1)",
         "with noise, all together: epsilon at most 3 a run and 10 for ever, delta 1e-05, 10,000 releases",
@@ -359,12 +360,14 @@ def test_what_may_leave_is_told_in_words(hospital: Hospital) -> None:
 
 
 def test_what_may_leave_without_privacy_is_told_in_words(hospital: Hospital) -> None:
-    hospital.allow(SitePolicy(privacy=PrivacyRules(required=False), data=DataRules(release_loss=True, minimum_cell=30)))
-    assert leaving(hospital)[1:7] == [
+    rules = DataRules(release_loss=True, release_exact_counts=True, minimum_cell=30)
+    hospital.allow(SitePolicy(privacy=PrivacyRules(required=False), data=rules))
+    assert leaving(hospital)[1:8] == [
         "numbers of patients by group, none from 1 to 29: with noise (epsilon at most 1) or as they are",
         "histograms of single columns: with noise (at least 5 on each bar) or as they are",
         "parameters of the model: as they are",
         "sums over patients that open only together with those of other sites: never",
+        "tables of counts of a few columns: with noise (at least 5 on each cell) or as they are",
         "mean losses: as they are",
         "scores of test patients, counted: with noise (epsilon at most 1)",
     ]
@@ -375,7 +378,7 @@ def test_what_may_leave_without_privacy_is_told_in_words(hospital: Hospital) -> 
 def test_what_the_policy_forbids_never_leaves(hospital: Hospital) -> None:
     rules = PrivacyRules(declared_patients=84, allow_histograms=False)
     hospital.allow(SitePolicy(privacy=rules, data=DataRules(tasks=("describe",))))
-    assert [line.partition(": ")[2] for line in leaving(hospital)[2:6]] == ["never"] * 4
+    assert [line.partition(": ")[2] for line in leaving(hospital)[2:7]] == ["never"] * 5
     hospital.allow(SitePolicy(privacy=rules, data=DataRules(allowed_columns=("age", "lab", "ill"))))
     assert leaving(hospital) == [ALWAYS, "nothing else: the policy does not allow the column sex"]
     (hospital.private / POLICY).unlink()

@@ -21,9 +21,11 @@ from mcrage.errors import (
     SchemaError,
 )
 from mcrage.messages import (
+    CountInstruction,
     DescribeInstruction,
     EvaluateInstruction,
     Outgoing,
+    SiteCounts,
     SiteDescription,
     SiteError,
     SiteLoss,
@@ -78,6 +80,7 @@ def test_the_list_of_what_leaves_a_site_is_this_one(tiny_schema: TableSchema) ->
         ],
         "SiteUpdate": ["loss", "parameters", "server_round"],
         "SiteSum": ["server_round", "words"],
+        "SiteCounts": ["counts", "server_round"],
         "SiteLoss": ["loss", "server_round"],
         "SiteScores": ["counts", "server_round"],
         "SiteAccount": ["account"],
@@ -98,6 +101,10 @@ def test_instructions_come_back_as_they_went_out() -> None:
     describe = DescribeInstruction(run=RUN, test_fraction=0.3, marginals=True)
     train = TrainInstruction(**MODEL, **STEPS, parameters=PARAMETERS)
     evaluate = EvaluateInstruction(**MODEL, parameters=PARAMETERS)
+    count = CountInstruction(
+        run=RUN, test_fraction=0.3, server_round=1, tables="[]", noise=4.0, colluders=1, peers="{}"
+    )
+    assert CountInstruction.from_wire(count.to_wire()) == count
     assert DescribeInstruction.from_wire(describe.to_wire()) == describe
     assert TrainInstruction.from_wire(train.to_wire()) == train
     assert EvaluateInstruction.from_wire(evaluate.to_wire()) == evaluate
@@ -111,6 +118,8 @@ def test_replies_come_back_as_they_went_out() -> None:
     assert SiteUpdate.from_wire(private.to_wire(), shapes=SHAPES) == private
     scores = SiteScores(server_round=1, counts=np.array([[-3.0, 5.0]]))
     np.testing.assert_array_equal(SiteScores.from_wire(scores.to_wire(), shape=(1, 2)).counts, scores.counts)
+    counts = SiteCounts(server_round=1, counts=np.array([-3.0, 5.0]))
+    np.testing.assert_array_equal(SiteCounts.from_wire(counts.to_wire(), size=2).counts, counts.counts)
     loss = SiteLoss(server_round=1, loss=0.5)
     assert SiteLoss.from_wire(loss.to_wire()) == loss
 
@@ -195,6 +204,8 @@ def test_a_loss_comes_without_arrays() -> None:
 def test_scores_that_are_no_counts_are_refused(counts: np.ndarray[Any, Any]) -> None:
     with pytest.raises(MessageError, match="counts"):
         SiteScores.from_wire(Wire({"server-round": 1}, {"counts": counts}), shape=(1, 2))
+    with pytest.raises(MessageError, match="counts"):
+        SiteCounts.from_wire(Wire({"server-round": 1}, {"counts": counts.ravel()[:1]}), size=2)
     with pytest.raises(MessageError, match="nothing else"):
         SiteScores.from_wire(Wire({"server-round": 1}, {"counts": np.ones((1, 2)), "more": counts}), shape=(1, 2))
 

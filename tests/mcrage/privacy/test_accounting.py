@@ -393,7 +393,7 @@ def test_an_event_is_written_as_before_unless_its_noise_is_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"own_noise": -0.1}, {"own_noise": 2.1}, {"mechanism": "discrete-gaussian", "own_noise": 0.5}]
+    "changes", [{"own_noise": -0.1}, {"own_noise": 2.1}, {"mechanism": "discrete-laplace", "own_noise": 0.5}]
 )
 def test_a_share_is_a_part_of_the_noise_of_training(changes: dict[str, Any]) -> None:
     with pytest.raises(PrivacyError, match="own_noise"):

@@ -116,7 +116,7 @@ def test_with_shared_noise_both_adversaries_are_named_with_their_numbers() -> No
     assert broken > 2 * ACCOUNT.epsilon
     for part in (
         f"provides ({ACCOUNT.epsilon:.2f}, 1e-05)-differential privacy",
-        "the sum of the sites' masked messages in every step with shared noise",
+        "the sum of the sites' masked messages in every step and every table of counts with shared noise",
         "as many of the other sites together as the run's dp-colluders says",
         f"whoever breaks the cryptography of the masks, it provides ({broken:.2f}, 1e-05)-differential privacy.",
         "noise multiplier 2 shared by the sites",
