@@ -37,6 +37,8 @@ from mcrage.marginal.model import ColumnModel, MarginalModel, plain_features
 from mcrage.marginal.tables import Margin, combined, fitted, scaled, shrunk
 
 Floats = NDArray[np.float64]
+Answers = tuple[list[Floats], float]
+"""Tables of counts, and the variance of the noise on each."""
 
 COARSE_CELLS = 4
 """Most cells of a column in the tables of all pairs."""
@@ -99,9 +101,11 @@ class _Estimation:
         edge_noise = self._noise("edges", max(len(self.features) - 1, 1))
         if affordable_square(self.rows, edge_noise) < MOST_CELLS:
             self.budget = replace(self.budget, shares=self.budget.shares.without_forest())
-        self.groups = self._groups()
+        counted = self._ask([self.attributes] if self.attributes else [], "groups")
         self.grids = self._grids(marginals)
-        self.given = self._given(marginals)
+        crossed = self._ask(self._crossed(), "conditions")
+        self.groups = self._groups(counted, crossed)
+        self.given = self._given(marginals, crossed)
         edges = self._edges() if self.pairs and self.budget.shares.pairs else []
         columns = tuple(self._columns(edges))
         return MarginalModel(marginals, self.groups.astype(np.float32), columns)
@@ -110,7 +114,7 @@ class _Estimation:
         """Standard deviation of all sites' noise together on each cell of a release of so many tables."""
         return self.source.deviation(self.budget.noise(share, tables))
 
-    def _ask(self, tables: Sequence[Axes], share: str) -> tuple[list[Floats], float]:
+    def _ask(self, tables: Sequence[Axes], share: str) -> Answers:
         """Answers, and the variance of their noise."""
         if not tables:
             return [], 0.0
@@ -123,25 +127,36 @@ class _Estimation:
         parts = zip(columns, answers, strict=True)
         return Marginals({c.name: readable(cells, c, deviation=math.sqrt(variance)) for c, cells in parts})
 
-    def _groups(self) -> Floats:
+    def _crossed(self) -> list[Axes]:
+        """Each column with each set of attributes, one column after the other."""
+        return [
+            (*(self.attributes[place] for place in each), self._axis(feature))
+            for feature in range(len(self.features))
+            for each in self.sets
+        ]
+
+    def _groups(self, counted: Answers, crossed: Answers) -> Floats:
         """Probability of each combination of group levels.
 
         Deviations from independence are believed as far as they stand out of the noise: first those of each sensitive
-        feature with the label, then those of all together.
+        feature with the label, which the tables of all columns tell as well, then those of all together.
         """
         if not self.attributes:
             return np.ones(())
-        (noisy,), variance = self._ask([self.attributes], "groups")
+        (noisy,), variance = counted
         places = range(noisy.ndim)
         joint = np.full((), self.rows)
         for place in places:
             rows = np.maximum(noisy.sum(axis=tuple(other for other in places if other != place)), 1.0)
             joint = np.multiply.outer(joint, rows / rows.sum())
         margins = []
-        for each in self.sets:
+        for number, each in enumerate(self.sets):
             others = tuple(place for place in places if place not in each)
-            spread = variance * math.prod(self.sizes[place] for place in others)
-            margins.append((each, shrunk(noisy.sum(axis=others), joint.sum(axis=others), variance=spread)))
+            parts = [(noisy.sum(axis=others), max(variance * math.prod(self.sizes[p] for p in others), _NO_NOISE))]
+            for table in crossed[0][number :: len(self.sets)]:
+                parts.append((table.sum(axis=-1), max(crossed[1] * table.shape[-1], _NO_NOISE)))
+            rows, spread = combined(parts)
+            margins.append((each, shrunk(rows, joint.sum(axis=others), variance=spread)))
         joint = np.maximum(fitted(joint, margins), _LEAST_EXPECTED)
         joint = shrunk(noisy[None], joint[None], variance=variance)[0]
         return np.asarray(joint / joint.sum())
@@ -156,14 +171,9 @@ class _Estimation:
     def _axis(self, feature: int) -> Axis:
         return Axis(self.features[feature].name, self.grids[feature].merged)
 
-    def _given(self, marginals: Marginals) -> list[Floats]:
+    def _given(self, marginals: Marginals, crossed: Answers) -> list[Floats]:
         """Rows of every condition and cell, by feature."""
-        asked = [
-            (*(self.attributes[place] for place in each), self._axis(feature))
-            for feature in range(len(self.features))
-            for each in self.sets
-        ]
-        answers, variance = self._ask(asked, "conditions")
+        answers, variance = crossed
         given = []
         for feature, each in enumerate(self.grids):
             own = answers[feature * len(self.sets) : (feature + 1) * len(self.sets)]
