@@ -24,7 +24,7 @@ _GRID = 2e-4
 class Shares:
     """Shares of the budget, which add up to 1; without a forest ``conditions`` has those of ``pairs`` and ``edges``.
 
-    The defaults come from ``benchmarks/marginal.py``.
+    The defaults were found on the simulated cohort and on diabetes-130 (``docs/privacy-budget.md``).
 
     Attributes:
         one_ways: Histograms of single columns.
@@ -34,9 +34,9 @@ class Shares:
         edges: Tables of the forest's pairs; 0 for no forest.
     """
 
-    one_ways: float = 0.25
+    one_ways: float = 0.1
     groups: float = 0.05
-    conditions: float = 0.4
+    conditions: float = 0.55
     pairs: float = 0.1
     edges: float = 0.2
 

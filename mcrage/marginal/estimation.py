@@ -43,6 +43,10 @@ Answers = tuple[list[Floats], float]
 COARSE_CELLS = 4
 """Most cells of a column in the tables of all pairs."""
 
+CLEAR = 30.0
+"""How many times the noise the average cell of a pair's table has to hold for a forest: at a tenth of that, rows drawn
+with one told a model less than without (``docs/privacy-budget.md``)."""
+
 _NO_NOISE = 1e-9  # the variance of exact counts, so that they can be weighted
 _LEAST_EXPECTED = 1e-6  # rows
 _TINY = np.finfo(float).tiny
@@ -80,8 +84,8 @@ def condition_sets(schema: TableSchema) -> list[tuple[int, ...]]:
 def estimate(schema: TableSchema, source: Source, budget: Budget) -> MarginalModel:
     """The model of what a source counts.
 
-    There is a forest only if noise does not limit its tables: if the average cell of 16 × 16 stands out of it. Where
-    it does, group and label tell more for the same budget.
+    There is a forest only if noise is next to nothing in its tables (:data:`CLEAR`). Where it is not, group and label
+    tell more for the same budget.
     """
     return _Estimation(schema, source, budget).model()
 
@@ -99,7 +103,7 @@ class _Estimation:
         marginals = self._one_ways()
         self.rows = float(max(np.median([cells.sum() for cells in marginals.values()]), 1.0))
         edge_noise = self._noise("edges", max(len(self.features) - 1, 1))
-        if affordable_square(self.rows, edge_noise) < MOST_CELLS:
+        if self.rows / MOST_CELLS**2 < CLEAR * edge_noise:
             self.budget = replace(self.budget, shares=self.budget.shares.without_forest())
         counted = self._ask([self.attributes] if self.attributes else [], "groups")
         self.grids = self._grids(marginals)

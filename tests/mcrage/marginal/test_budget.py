@@ -44,7 +44,7 @@ def test_no_epsilon_has_exact_counts() -> None:
 
 def test_noise_grows_with_the_tables_and_is_never_too_little_to_be_counted() -> None:
     budget = Budget(precision=100.0)
-    assert budget.noise("conditions", 40) == pytest.approx((40 / (0.4 * 100)) ** 0.5)
+    assert budget.noise("conditions", 40) == pytest.approx((40 / (0.55 * 100)) ** 0.5)
     assert budget.noise("conditions", 160) == pytest.approx(2 * budget.noise("conditions", 40))
     assert Budget(precision=1e6).noise("conditions", 1) == SMALLEST_NOISE
 
