@@ -165,6 +165,14 @@ class Findings:
         loss = self._of_line(without, group, "gain") - self._of_line(line, group, "gain")
         return NOTHING if line == without else shared(loss.dropna(), self._of(POOLED, group, "gap_to_pooled"))
 
+    def lost_more(self, line: Line, group: str) -> Estimate:
+        """By how much more AUROC the noise of a line costs a group than all patients together."""
+        without = Line(generator=line.generator, noise="none", epsilon=math.inf)
+        of_group, of_all = (
+            self._of_line(without, each, "auroc") - self._of_line(line, each, "auroc") for each in (group, "all")
+        )
+        return NOTHING if line == without else estimated((of_group - of_all).dropna())
+
     def difference(self, line: Line, other: Line, group: str) -> Estimate:
         """By how much the AUROC of a line is higher than that of another one."""
         return estimated((self._of_line(line, group, "auroc") - self._of_line(other, group, "auroc")).dropna())

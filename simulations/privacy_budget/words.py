@@ -16,8 +16,8 @@ def table_of(found: Findings) -> str:
 
 
 def sentences(found: Findings) -> list[str]:
-    """Which rows do harm, which generator to choose at each epsilon, and on what that rests."""
-    lines = [*_choices(found), *_harms(found)]
+    """Which generator to choose at each epsilon, which rows do harm, whom noise costs more, and on what that rests."""
+    lines = [*_choices(found), *_harms(found), *_unequal(found)]
     if len(found.seeds) < FEWEST_SEEDS:
         lines.append(
             f"With {seeds_of(found)} there is no interval: another draw of the hospitals may say otherwise. "
@@ -137,6 +137,24 @@ def _harms(found: Findings) -> Iterator[str]:
         if worse:
             word = "does worse than the hospitals' own rows for"
             yield f"{_sentence(line.name)} {word} {', '.join(worse)}."
+
+
+def _unequal(found: Findings) -> Iterator[str]:
+    """For each minority, where noise costs it more than everybody and where less, as far as seeds can tell."""
+    for group in found.minorities:
+        costs = [(line, found.lost_more(line, group)) for line in found.lines]
+        known = [(line, cost) for line, cost in costs if cost.seeds >= FEWEST_SEEDS]
+        more, less = _listed(known, above=True), _listed(known, above=False)
+        parts = [f"{word} than everybody with {lines}" for word, lines in (("more", more), ("less", less)) if lines]
+        if parts:
+            yield f"Noise costs {group} {', and '.join(parts)}."
+        elif known:
+            yield f"That noise costs {group} more than everybody, or less, is not certain of any line."
+
+
+def _listed(costs: Sequence[tuple[Line, Estimate]], *, above: bool) -> str:
+    certain = [(line, cost) for line, cost in costs if (cost.is_above if above else cost.is_below)]
+    return "; ".join(f"{line.name} ({shown(cost, sign=True)} AUROC)" for line, cost in certain)
 
 
 def _sentence(text: str) -> str:

@@ -82,6 +82,29 @@ def test_harm_and_choice_are_said_in_words() -> None:
     assert "there is no interval" not in said
 
 
+def test_whom_noise_costs_more_is_said_where_seeds_can_tell() -> None:
+    found = "That noise costs race=Black more than everybody, or less, is not certain of any line."
+    assert sentences(*findings(cells(4)))[-1] == found
+    harmed = [
+        each.model_copy(
+            update={
+                "rows": tuple(
+                    row.model_copy(update={"value": row.value - 0.03 - 0.001 * each.cell.seed})
+                    if row.group == "race=Black" and each.cell.noise == "local"
+                    else row
+                    for row in each.rows
+                )
+            }
+        )
+        for each in cells(4)
+    ]
+    said = sentences(*findings(harmed))[-1]
+    assert said.startswith("Noise costs race=Black more than everybody with marginal, local noise, ε = 1 (+.032 [")
+    assert not any("than everybody" in line for line in sentences(*findings(cells(2)))), (
+        "of two seeds nothing is certain"
+    )
+
+
 def test_where_nothing_gains_the_hospitals_own_rows_are_the_choice() -> None:
     kept = [each for each in cells(4) if each.cell.generator == "real" or each.cell.noise == "local"]
     (found,) = findings(kept)
