@@ -25,7 +25,7 @@ from mcrage.training.optimisers import Optimisers, TrainingConfig
 from mcrage.training.shared import descend, num_gradients
 from server.checkpoints import Arrays
 from server.exchange import Subject
-from server.home import read_json, write_json
+from server.gathering import CLOSED, ClosedSums, gathered, offer
 from server.instructions import Instructions
 from server.local_steps import Step
 from server.roster import Roster
@@ -37,29 +37,7 @@ _LOG = logging.getLogger("mcrage.server")
 ROUNDS_LEFT_OUT = 5
 """How many rounds a site that failed is not asked again."""
 
-CLOSED = "closed-sums.json"
 _OTHER_KEYS = REFUSALS[2134]
-
-
-class ClosedSums:
-    """How many sums of a run stayed closed, in a file: whoever starts the run anew has not paid for them less.
-
-    Args:
-        path: The file.
-        config: Of the run; a run that is begun, or another one, has none yet.
-    """
-
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        self._path, self._run = path, config.run
-        told = read_json(path) if config.places.resume else {}
-        self.number = int(told["closed"]) if told.get("run") == self._run else 0
-        if not self.number:
-            path.unlink(missing_ok=True)
-
-    def add(self) -> None:
-        """One more; on disk before anything else is asked for."""
-        self.number += 1
-        write_json(self._path, {"run": self._run, "closed": self.number})
 
 
 class SharedSteps:
@@ -122,8 +100,14 @@ class SharedSteps:
         """Masked sums of sites that were asked together and all answered."""
         missing: dict[str, str] = {}
         while True:
-            self._require_planned(server_round)
-            peers, reasons = self._gathered(server_round)
+            self._closed.require_planned(server_round)
+            peers, reasons = gathered(
+                self._config,
+                self._roster,
+                self._status,
+                server_round=server_round,
+                admit=lambda site: self._admitted(site, server_round),
+            )
             missing = reasons | {site: reason for site, reason in missing.items() if site not in peers}
             replies = self._ask(server_round, parameters, peers, missing)
             if len(replies.accepted) == len(peers):
@@ -135,49 +119,11 @@ class SharedSteps:
                 self._left_out[site] = (last + ROUNDS_LEFT_OUT, reason)
                 _LOG.warning("round %d: the sum stays closed, site %s is missing: %s", server_round, site, reason)
 
-    def _require_planned(self, server_round: int) -> None:
-        closed, spare = self._closed.number, self._config.privacy.dp_spare_rounds
-        if closed > spare:
-            raise FederationError(
-                f"round {server_round}: {closed} sums of this run stayed closed, which is more than "
-                f"dp-spare-rounds={spare}: the next one would cost more than was planned; the model after round "
-                f"{server_round - 1} is in the checkpoint"
-            )
-
-    def _gathered(self, server_round: int) -> tuple[dict[str, Peer], dict[str, str]]:
-        """Sites to ask together, with their keys, and why the others are not; waits while there are too few."""
-        execution, needed = self._config.execution, self._config.federation.min_sites
-        reasons: dict[str, str] = {}
-        for attempt in range(1 + execution.quorum_retries):
-            if attempt:
-                self._status.waiting(reasons)
-                self._roster.exchange.pause(execution.quorum_wait_seconds)
-            standing = self._roster.standing(self._roster.nodes)
-            reasons, peers = dict(standing.reasons), {}
-            for site in standing.free:
-                until, reason = self._left_out.get(site, (0, ""))
-                if server_round <= until:
-                    reasons[site] = f"left out until round {until}: {reason}"
-                    continue
-                try:
-                    peers[site] = self._offer(site)
-                except MessageError as error:
-                    reasons[site] = str(error)
-            if len(peers) >= needed:
-                return peers, reasons
-        lines = "".join(f"\n{site}: {reason}" for site, reason in reasons.items())
-        raise FederationError(
-            f"round {server_round}: {len(peers)} sites are there, {needed} are needed; "
-            f"resume=true goes on after round {server_round - 1}{lines}"
-        )
-
-    def _offer(self, site: str) -> Peer:
-        """A site's key for masks, if it is signed with the key that the coordinator has of it."""
-        peer = Peer.parse(self._roster.descriptions[site].mask_key, site=site, run=self._config.run)
-        signer = self._roster.exchange.signers.get(self._roster.nodes[site])
-        if signer is not None and signer.public_key != peer.signing_key:
-            raise MessageError("its key for masks is signed by another key than the one it was enrolled with")
-        return peer
+    def _admitted(self, site: str, server_round: int) -> Peer:
+        until, reason = self._left_out.get(site, (0, ""))
+        if server_round <= until:
+            raise MessageError(f"left out until round {until}: {reason}")
+        return offer(self._config, self._roster, site)
 
     def _ask(
         self, server_round: int, parameters: Parameters, peers: Mapping[str, Peer], missing: Mapping[str, str]
