@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcrage.cddpm import CDDPM
     from mcrage.data.schema import TableSchema
     from mcrage.evaluation.membership import Consistency, MembershipReport
+    from mcrage.generator import Generator
 
 app = typer.Typer(
     help="Attack a model, or check a private training against its ledger.", no_args_is_help=True, rich_markup_mode=None
@@ -93,11 +94,12 @@ def attacks(  # noqa: PLR0913 — one per option
     from mcrage.cddpm import CDDPM
     from mcrage.data.schema import TableSchema
     from mcrage.evaluation.membership import membership_report
+    from mcrage.generator import load_generator
     from mcrage.render.attacks import attacks_table
     from mcrage.render.card import write_audit
 
     _check_options(synthetic, sampled, epsilon, delta)
-    schema, model = TableSchema.load(schema_file), CDDPM.load(model_dir)
+    schema, model = TableSchema.load(schema_file), load_generator(model_dir)
     if differences := model.schema_.diff(schema):
         raise SchemaError("\n".join(f"{schema_file}: not the model's schema: {line}" for line in differences))
     tables = {"members": _read(members, schema), "others": _read(others, schema)}
@@ -108,7 +110,9 @@ def attacks(  # noqa: PLR0913 — one per option
         **tables,
         schema=schema,
         reference_rows=reference_rows,
-        reference=None if reference_rows is None else _reference_model(model, reference_rows, seed=seed),
+        reference=_reference_model(model, reference_rows, seed=seed)
+        if reference_rows is not None and isinstance(model, CDDPM)
+        else None,
         random_state=seed,
     )
     claim = _claim(report, epsilon, delta)
@@ -146,7 +150,7 @@ def _read(path: Path, schema: "TableSchema") -> "pd.DataFrame":
     return report.table
 
 
-def _generated(model: "CDDPM", path: Path | None, *, rows: int, seed: int) -> "pd.DataFrame":
+def _generated(model: "Generator", path: Path | None, *, rows: int, seed: int) -> "pd.DataFrame":
     """Generated rows from a file, which has the modelled columns only, or else from the model."""
     if path is not None:
         return _read(path, model.schema_.model_copy(update={"columns": model.schema_.modelled, "rules": ()}))

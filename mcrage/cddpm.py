@@ -78,6 +78,8 @@ class CDDPM(BaseEstimator):  # type: ignore[misc]
         repairs_: What the schema's rules did to the rows that were sampled last.
     """
 
+    in_words = "conditional diffusion model"
+
     def __init__(  # noqa: PLR0913 — an estimator's settings, as scikit-learn wants them
         self,
         *,

@@ -199,13 +199,13 @@ def sample(
     force: Force = False,
 ) -> None:
     """Draw rows from a model, of one group if asked."""
-    from mcrage.cddpm import CDDPM
+    from mcrage.generator import load_generator
 
     if out.suffix.lower() not in (".csv", ".parquet"):
         raise ConfigError(f"'{out}' is neither .csv nor .parquet")
     _refuse_to_replace(out, force=force)
     conditions = _conditions(where or [])
-    trained = CDDPM.load(model)
+    trained = load_generator(model)
     rows = trained.sample(n, _levels(conditions, trained.schema_), random_state=seed)
     for line in trained.repairs_.lines:
         _say(f"{out}: note {line}")

@@ -1,6 +1,7 @@
 """Rows of the groups that hospitals lack, drawn at the coordinator from a run's model: no patient's row is needed.
 
-The plan is made from what the sites released about their groups, as the last checkpoint keeps it. It brings every group
+The plan is made from what the sites released about their groups, as the last checkpoint keeps it; of the marginal
+generator, from its own table of groups, which is the sum of theirs. It brings every group
 of sensitive features and label that any site has shown to the largest one
 (:meth:`~mcrage.rebalancing.plan.RebalancePlan.to_parity`). A group that no site has shown is not made up, nor one that
 the schema's rules forbid, which noise on counts can show. With a total, every group keeps its share of that plan, in
@@ -22,12 +23,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mcrage.cddpm import CDDPM
 from mcrage.cli import write_rows
 from mcrage.data.groups import Group, GroupCounts, level_code
 from mcrage.data.repair import NO_REPAIRS, Repairs, forbidden
 from mcrage.data.schema import TableSchema
 from mcrage.errors import CheckpointError, ConfigError, MessageError
+from mcrage.generator import Generator, load_generator
+from mcrage.marginal.generator import MarginalGenerator
 from mcrage.messages import counts_from_json
 from mcrage.privacy.store import sync_folder
 from mcrage.progress import ProgressReport
@@ -69,9 +71,10 @@ def rebalance(folder: Path, *, rows: int, seed: int, force: bool) -> list[str]:
         raise ConfigError(f"run {folder.name} has no model: it is not finished; 'status' shows how far it is")
     if out.exists() and not force:
         raise ConfigError(f"'{out}' is there already; give --force to replace it")
-    model = CDDPM.load(folder / "model")
+    model = load_generator(folder / "model")
     site_counts = _site_counts(folder, model.schema_)
-    plan = make_plan(total_counts(site_counts), model.schema_, rows=rows)
+    counts = model.group_counts() if isinstance(model, MarginalGenerator) else total_counts(site_counts)
+    plan = make_plan(counts, model.schema_, rows=rows)
     made, drawn = _draw(model, plan, seed=seed)
     record = read_part(folder / "run.json", Record)
     report = _report(made, drawn, site_counts=site_counts) | {
@@ -145,7 +148,7 @@ class _Watched:
         progress: Is told of every piece.
     """
 
-    def __init__(self, model: CDDPM, progress: ProgressReport) -> None:
+    def __init__(self, model: Generator, progress: ProgressReport) -> None:
         self._model, self._progress = model, progress
         self.repairs_: Repairs = NO_REPAIRS
         self.drawn: Counter[Group] = Counter()
@@ -164,7 +167,7 @@ class _Watched:
         return pd.concat(parts, ignore_index=True)
 
 
-def _draw(model: CDDPM, plan: RebalancePlan, *, seed: int) -> tuple[Rebalanced, Mapping[Group, int]]:
+def _draw(model: Generator, plan: RebalancePlan, *, seed: int) -> tuple[Rebalanced, Mapping[Group, int]]:
     """The rows, and how many were drawn of each group to get them."""
     pieces = -(-plan.total // _PIECE_ROWS)
     wanted = {group: count for group, count in plan.items() if count}

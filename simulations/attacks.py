@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from mcrage import rng
-from mcrage.cddpm import CDDPM
 from mcrage.data.schema import TableSchema
 from mcrage.evaluation.disclosure import Measured
 from mcrage.evaluation.membership import MembershipReport, membership_report
+from mcrage.generator import Generator
 from mcrage.privacy.sampling import Patients
 from simulations.arms import SiteTables
 
@@ -34,7 +34,7 @@ class Attacked:
 
 
 def attack(
-    model: CDDPM, synthetic: pd.DataFrame, sites: Sequence[SiteTables], schema: TableSchema, *, seed: int
+    model: Generator, synthetic: pd.DataFrame, sites: Sequence[SiteTables], schema: TableSchema, *, seed: int
 ) -> MembershipReport:
     """Attacks on the training patients of all hospitals, beside half of those that they held out; up to 1,000 each.
 

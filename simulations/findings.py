@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mcrage.cddpm import CDDPM
 from mcrage.data.coding import cell_edges, is_coded
 from mcrage.data.groups import Group, GroupCounts, group_codes
 from mcrage.data.marginals import Marginals, cell_codes, coded_levels, exact_cells
@@ -16,6 +15,7 @@ from mcrage.evaluation.downstream import patient_codes
 from mcrage.evaluation.report import ALL, GroupSize, Marginal
 from mcrage.evaluation.strata import Strata
 from mcrage.evaluation.suppression import Cells, hidden_cells
+from mcrage.generator import Generator
 from mcrage.rebalancing.plan import RebalancePlan
 from mcrage.rng import derive
 from simulations.arms import SiteTables
@@ -95,7 +95,7 @@ def group_sizes(
 
 
 def minority_marginals(
-    train: pd.DataFrame, model: CDDPM, groups: Iterable[str], *, num_rows: int, minimum: int, seed: int
+    train: pd.DataFrame, model: Generator, groups: Iterable[str], *, num_rows: int, minimum: int, seed: int
 ) -> list[Marginal]:
     """Every column within each minority group of one attribute, and within everybody else: real and generated.
 

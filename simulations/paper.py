@@ -27,6 +27,7 @@ from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig
 from mcrage.data.groups import GroupCounts
 from mcrage.data.schema import Column, TableSchema
+from mcrage.generator import Generator
 from mcrage.progress import ProgressReport
 from mcrage.rebalancing.baselines import ArmSpec, augmented, baseline_builders
 from mcrage.rebalancing.plan import RebalancePlan
@@ -205,7 +206,7 @@ def gaussian_rows(split: Split) -> Floats:
     return draw.multivariate_normal(minority.mean(axis=0), np.cov(minority, rowvar=False), size=missing)
 
 
-def federated_model(split: Split, config: PaperConfig) -> CDDPM:
+def federated_model(split: Split, config: PaperConfig) -> Generator:
     """A CDDPM trained by pretend hospitals that the imbalanced rows were dealt to at random."""
     order = stream(split.seed, "deal").permutation(len(split.imbalanced))
     parts = np.array_split(order, config.num_hospitals)
@@ -249,7 +250,7 @@ def evaluate(spec: ArmSpec, split: Split) -> dict[str, float]:
     }
 
 
-def _synthetic_arms(name: str, model: CDDPM, split: Split, *, target: int) -> dict[str, ArmSpec]:
+def _synthetic_arms(name: str, model: Generator, split: Split, *, target: int) -> dict[str, ArmSpec]:
     """Arms at parity and at the target, both from one pool of the model's rows."""
     plans = {"parity": RebalancePlan.to_parity(split.counts)}
     plans["target"] = RebalancePlan.to_parity(split.counts, floor=target)

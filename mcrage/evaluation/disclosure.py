@@ -16,7 +16,7 @@ Shape: losses (rows, times, draws) of :meth:`mcrage.CDDPM.row_losses`; m generat
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,7 @@ class Copies:
     excess: Measured
 
 
+@runtime_checkable
 class Attackable(Protocol):
     """A model of which an attacker knows everything, such as :class:`mcrage.CDDPM`."""
 

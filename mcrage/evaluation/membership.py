@@ -49,6 +49,7 @@ STANDING_OUT = 0.05
 
 _NO_REFERENCE_MODEL = "needs a model trained on reference rows"
 _NO_LABEL = "the model has no label"
+_NO_LOSS = "the model is no network: it has no loss"
 
 Mask = NDArray[np.bool_]
 Scores = Floats | str  # or the reason why there are none
@@ -156,7 +157,7 @@ class Consistency:
 
 
 def membership_report(  # noqa: PLR0913 — what an attacker knows, each by its name
-    model: Attackable,
+    model: object,
     synthetic: pd.DataFrame,
     *,
     members: pd.DataFrame,
@@ -169,7 +170,7 @@ def membership_report(  # noqa: PLR0913 — what an attacker knows, each by its 
     """Every attack on every subset, each with 95 % intervals.
 
     Args:
-        model: The trained model.
+        model: The trained model; one that is not :class:`Attackable` has no loss to attack.
         synthetic: Rows that it generated; more of them make the density ratio stronger.
         members: Rows that it was trained on.
         others: Rows of the same population that it was not trained on; 100 patients or more for a true positive rate.
@@ -187,7 +188,7 @@ def membership_report(  # noqa: PLR0913 — what an attacker knows, each by its 
     _refuse_shared_patients(tables, schema)
     both = pd.concat([members, others], ignore_index=True)
     scores = _model_scores(model, both, reference, random_state)
-    scores["density ratio"] = _density_scores(both, synthetic, reference_rows, schema)
+    scores["density ratio"] = _density(both, synthetic, reference_rows, schema)
     people = [_People.of(table, schema) for table in (members, others)]
     by_person = {
         name: score
@@ -277,8 +278,10 @@ class _People:
 
 
 def _model_scores(
-    model: Attackable, rows: pd.DataFrame, reference: Attackable | None, random_state: int
+    model: object, rows: pd.DataFrame, reference: Attackable | None, random_state: int
 ) -> dict[str, Scores]:
+    if not isinstance(model, Attackable):
+        return dict.fromkeys(("loss", "calibrated loss", "loss against reference", "label"), _NO_LOSS)
     losses = losses_at_times(model, rows, random_state=random_state)
     before = losses_at_times(model.untrained(), rows, random_state=random_state)
     labels = model.label_losses(rows)
@@ -298,14 +301,12 @@ def _model_scores(
     return scores
 
 
-def _density_scores(
-    rows: pd.DataFrame, synthetic: pd.DataFrame, reference_rows: pd.DataFrame | None, schema: TableSchema
-) -> Scores:
-    if reference_rows is None:
+def _density(rows: pd.DataFrame, made: pd.DataFrame, reference: pd.DataFrame | None, schema: TableSchema) -> Scores:
+    if reference is None:
         return "needs reference rows, which are in neither table"
-    if min(len(synthetic), len(reference_rows)) < MINIMUM_ROWS:
+    if min(len(made), len(reference)) < MINIMUM_ROWS:
         return f"needs at least {MINIMUM_ROWS} generated and {MINIMUM_ROWS} reference rows"
-    return density_ratio(rows, synthetic=synthetic, reference_rows=reference_rows, schema=schema)
+    return density_ratio(rows, synthetic=made, reference_rows=reference, schema=schema)
 
 
 def _attacked(subset: Subset, scores: Mapping[str, list[Floats] | str]) -> SubsetAttacks:
@@ -368,9 +369,8 @@ def _frequent(people: list[_People], schema: TableSchema) -> Subset:
         absent = [np.zeros(len(each), dtype=bool) for each in people]
         return Subset("most encounters", "", absent[0], absent[1], "the schema names no patient")
     sizes = [each.sizes.astype(np.float64) for each in people]
-    return _top(
-        "most encounters", f"{100 * STANDING_OUT:.0f} % with most rows", sizes, "every patient has as many rows"
-    )
+    detail = f"{100 * STANDING_OUT:.0f} % with most rows"
+    return _top("most encounters", detail, sizes, "every patient has as many rows")
 
 
 def _top(name: str, detail: str, values: Sequence[Floats], reason: str) -> Subset:

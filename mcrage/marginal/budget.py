@@ -8,13 +8,14 @@ each release; what stands here only plans.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 
 from scipy.special import log_ndtr
 
 from mcrage.errors import ConfigError
 from mcrage.privacy.accounting import check_delta
-from mcrage.privacy.events import SMALLEST_NOISE
+from mcrage.privacy.events import SMALLEST_NOISE, PrivacyEvent
 
 _KEPT = 0.999  # of an epsilon: the accountant's grid of losses rounds up
 _GRID = 2e-4
@@ -77,6 +78,14 @@ class Budget:
         if math.isinf(self.precision):
             return 0.0
         return max(math.sqrt(tables / (part * self.precision)), SMALLEST_NOISE) if part else math.inf
+
+    def events(self, tables: Mapping[str, int]) -> tuple[PrivacyEvent, ...]:
+        """What releases of so many tables by share cost; those of no table cost nothing."""
+        return tuple(
+            PrivacyEvent(mechanism="discrete-gaussian", noise_multiplier=self.noise(share, number), steps=number)
+            for share, number in tables.items()
+            if number
+        )
 
 
 def precision(*, epsilon: float, delta: float) -> float:

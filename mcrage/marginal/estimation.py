@@ -81,6 +81,18 @@ def condition_sets(schema: TableSchema) -> list[tuple[int, ...]]:
     return [(place, len(sensitive)) for place in sensitive] or [(0,)]
 
 
+def num_tables(schema: TableSchema) -> dict[str, int]:
+    """Most tables that are asked for, by share of the budget, in the order of the questions."""
+    features = len(plain_features(schema))
+    return {
+        "one_ways": len(schema.modelled),
+        "groups": int(bool(schema.attributes)),
+        "conditions": features * len(condition_sets(schema)),
+        "pairs": math.comb(features, 2),
+        "edges": max(features - 1, 0),
+    }
+
+
 def estimate(schema: TableSchema, source: Source, budget: Budget) -> MarginalModel:
     """The model of what a source counts.
 

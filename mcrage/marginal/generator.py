@@ -21,6 +21,7 @@ import pandas as pd
 from mcrage import rng
 from mcrage.data.conditions import asked_levels
 from mcrage.data.crossing import Axis, check_axes
+from mcrage.data.groups import Group, GroupCounts
 from mcrage.data.marginals import Marginals
 from mcrage.data.repair import follow_rules
 from mcrage.data.schema import TableSchema
@@ -58,6 +59,8 @@ class MarginalGenerator:
         epsilon_: What that costs; infinite for exact counts.
         repairs_: What the schema's rules did to the rows that were sampled last.
     """
+
+    in_words = "model of counts of few columns at a time"
 
     def __init__(self, *, shares: Shares | None = None, random_state: int = 0) -> None:
         self.shares = shares or Shares()
@@ -154,11 +157,30 @@ class MarginalGenerator:
         )
         return rows
 
+    def group_counts(self) -> GroupCounts:
+        """Rows of each group, as the released counts tell them; those of 1 to 10 are suppressed.
+
+        Raises:
+            NotFittedError: Before :meth:`fit`.
+        """
+        self._require_fitted()
+        rows = float(np.median([cells.sum() for cells in self.model_.marginals.values()]))
+        columns, groups = self.schema_.attributes, self.model_.groups
+        return GroupCounts(
+            {
+                Group(tuple((c.name, c.group_levels[level]) for c, level in zip(columns, place, strict=True))): round(
+                    rows * float(groups[place])
+                )
+                for place in np.ndindex(groups.shape)
+            }
+        ).suppress()
+
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors`` and ``model.json``; no pickle, and nothing of the key."""
         self._require_fitted()
         columns = self.model_.columns
         description = {
+            "generator": "marginal",
             "format": FORMAT,
             "schema": json.loads(self.schema_.to_json()),
             "marginals": self.model_.marginals.to_wire(),

@@ -155,7 +155,7 @@ def _of_all(same: Sequence[PrivacyAccount]) -> str:
 def _public(events: Sequence[PrivacyEvent]) -> str:
     trained = [event for event in events if event.mechanism == "dp-sgd"]
     if not trained:
-        return "no training"
+        return "the noise of its counts"
     return "; ".join(
         f"{event.steps:,} steps with sampling probability {event.sample_rate:g} and noise multiplier "
         f"{event.noise_multiplier:g}{' shared by the sites' if event.own_noise else ''}"

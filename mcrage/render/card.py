@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mcrage.cddpm import CDDPM
 from mcrage.errors import CheckpointError
+from mcrage.generator import Generator
 from mcrage.privacy.statement import PrivacyAccount, can_be_stated, statements
 
 _AUDIT = "## Audit"
@@ -16,7 +16,7 @@ NO_PRIVACY = (
 
 
 def model_card(
-    model: CDDPM,
+    model: Generator,
     *,
     sites: Sequence[str],
     rounds: int,
@@ -40,7 +40,7 @@ def model_card(
     schema = model.schema_
     about = [
         "# Model card",
-        f"A conditional diffusion model of the table '{schema.name}': {len(schema.modelled)} columns, rows asked for "
+        f"A {model.in_words} of the table '{schema.name}': {len(schema.modelled)} columns, rows asked for "
         f"by {', '.join(column.name for column in schema.attributes) or 'nothing'}.",
         f"Trained by {len(sites)} sites ({', '.join(sites)}) in {rounds} rounds.",
         "It is for filling up training sets of the same table. It is no medical device.",

@@ -13,11 +13,11 @@ from mcrage.cddpm import CDDPM
 from mcrage.data.schema import TableSchema
 from mcrage.evaluation.disclosure import Floats, attack, calibrated, density_ratio, losses_at_times
 from mcrage.evaluation.membership import subsets
+from mcrage.generator import Generator
 from mcrage.privacy.sampling import Patients
 from simulations.arms import SiteTables
 from simulations.attacks import Attacked, attacked_rows
 from simulations.privacy_budget.scoring import Value
-from simulations.privacy_budget.training import Generator
 
 ROWS = 2000
 """Generated rows that the attack on rows sees."""

@@ -5,15 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import pandas as pd
 
 from client.app import app
 from mcrage.config import PlacesConfig, RunConfig
-from mcrage.data.repair import Repairs
 from mcrage.errors import FederationError
+from mcrage.generator import Generator
 from mcrage.marginal.budget import Budget, precision
 from mcrage.marginal.generator import MarginalGenerator
 from mcrage.privacy.accounting import alone, epsilon
@@ -30,22 +28,6 @@ from simulations.study import Study
 
 Events = tuple[PrivacyEvent, ...]
 _UNPROTECTED = (PrivacyEvent(mechanism="unprotected"),)
-
-
-class Generator(Protocol):
-    """What both generators can do.
-
-    Attributes:
-        repairs_: What the schema's rules did to the rows of the last call.
-    """
-
-    repairs_: Repairs
-
-    def sample(
-        self, n: int, conditions: pd.DataFrame | None = None, *, random_state: int | None = None
-    ) -> pd.DataFrame:
-        """``n`` rows; row i has the levels of row i of ``conditions``."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
