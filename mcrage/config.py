@@ -24,6 +24,10 @@ SITE_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 RobustName = Literal["fedmedian", "fedtrimmedavg", "krum", "multikrum"]
 StrategyName = Literal["fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", RobustName]
+GeneratorName = Literal["cddpm", "marginal"]
+MOST_QUESTIONS = 5
+"""Most rounds of a run of the marginal generator: each is a question for tables of counts."""
+
 SITES_FOR_MEDIAN = 3
 """Fewest updates whose median is not their mean."""
 
@@ -60,6 +64,9 @@ class FederationConfig(_Section):
     (``benchmarks/minority.py collapse``).
 
     Attributes:
+        generator: ``cddpm``, the network; or ``marginal``, which is made of tables of counts and needs far fewer
+            patients per epsilon (:mod:`mcrage.marginal`). Of what follows it uses ``min_sites``, ``test_fraction`` and
+            ``seed``.
         num_server_rounds: Rounds of training.
         local_steps: Optimiser steps at each site per round.
         batch_size: Rows per step.
@@ -93,6 +100,7 @@ class FederationConfig(_Section):
         seed: Root of every random stream.
     """
 
+    generator: GeneratorName = "cddpm"
     num_server_rounds: int = Field(default=40, ge=1)
     local_steps: int = Field(default=30, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -138,6 +146,11 @@ class FederationConfig(_Section):
                 return 1
 
     @property
+    def rounds(self) -> int:
+        """Rounds that a run has at most."""
+        return self.num_server_rounds if self.generator == "cddpm" else MOST_QUESTIONS
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run at one site."""
         return self.num_server_rounds * self.local_steps
@@ -148,8 +161,8 @@ class PrivacyConfig(_Section):
 
     Attributes:
         dp: Whether everything that leaves a site has to be differentially private, the unit being a patient.
-        dp_epsilon: What one site's patients may pay for the run, at ``dp_delta``; the noise multiplier follows from
-            it. 0 takes ``dp_noise_multiplier`` as it is.
+        dp_epsilon: What one site's patients may pay for the run, at ``dp_delta``; the noise follows from it. 0 takes
+            ``dp_noise_multiplier`` as it is.
         dp_delta: δ of the guarantee, well below one over a site's patients.
         dp_noise_multiplier: Standard deviation of the noise on a step's summed gradients over the clipping norm.
         dp_sample_rate: Probability that a patient takes part in a step. Few large steps beat many small ones.
@@ -161,9 +174,10 @@ class PrivacyConfig(_Section):
         dp_colluders: How many sites may tell others what noise they added without harm; with shared noise only.
         dp_spare_rounds: How many sums of a run with shared noise may stay closed because a site fell silent; they are
             paid for, so the noise reckons with them.
-        dp_count_epsilon: ε of the numbers of patients by group, which a site releases once a run.
+        dp_count_epsilon: ε of the numbers of patients by group, which a site releases once a run; the marginal
+            generator asks for none.
         dp_histogram_noise: Standard deviation of the noise on every cell of the one-way histograms; 0 for none of
-            them.
+            them. That of the marginal generator's follows from ``dp_epsilon``.
         dp_score_epsilon: ε of the test patients' scores by group and label, at each measurement; 0 measures nothing.
         dp_noise_seed: Root of all noise in a simulation that has to repeat itself; such noise protects nobody, and
             sites outside a simulation refuse it. −1 for noise from each site's own secret.
@@ -264,13 +278,17 @@ class RunConfig(BaseModel):
 
     @property
     def marginals(self) -> bool:
-        """Whether sites are asked for one-way histograms."""
+        """Whether sites are asked for one-way histograms before the first round."""
+        if self.federation.generator == "marginal":
+            return False
         return self.federation.marginals and not (self.privacy.dp and not self.privacy.dp_histogram_noise)
 
     def measured_rounds(self) -> tuple[int, ...]:
         """The rounds after which sites measure the model on their test patients: fixed before the first one."""
         rounds, every = self.federation.num_server_rounds, self.federation.evaluate_every
         if not every or (self.privacy.dp and not self.privacy.dp_score_epsilon):
+            return ()
+        if self.federation.generator == "marginal":  # there is no loss to measure
             return ()
         return tuple(number for number in range(1, rounds + 1) if number % every == 0 or number == rounds)
 
@@ -293,6 +311,8 @@ def _together(parts: Mapping[str, _Section]) -> list[str]:
     privacy, federation = parts.get("privacy"), parts.get("federation")
     if not isinstance(privacy, PrivacyConfig) or not isinstance(federation, FederationConfig):
         return []
+    if federation.generator == "marginal":
+        return _counted(privacy, federation)
     if not privacy.dp:
         return ["dp-noise: there is no noise to share; set dp=true"] if privacy.dp_noise == "shared" else []
     problems = []
@@ -316,14 +336,39 @@ def _shared(privacy: PrivacyConfig, federation: FederationConfig) -> list[str]:
         problems.append("max-update-norm: nobody sees a site's update with dp-noise=shared; set it to 0")
     if federation.site_weights != "uniform":
         problems.append("site-weights: with dp-noise=shared every patient counts the same; set it to uniform")
-    if federation.min_sites <= privacy.dp_colluders:
-        problems.append(f"min-sites: of {federation.min_sites} sites {privacy.dp_colluders} may collude; ask for more")
-    return problems
+    return problems + _honest(privacy, federation)
+
+
+def _honest(privacy: PrivacyConfig, federation: FederationConfig) -> list[str]:
+    if federation.min_sites > privacy.dp_colluders:
+        return []
+    return [f"min-sites: of {federation.min_sites} sites {privacy.dp_colluders} may collude; ask for more"]
+
+
+def _counted(privacy: PrivacyConfig, federation: FederationConfig) -> list[str]:
+    """What does not go together with tables of counts, which are summed: whatever would be ignored in silence."""
+    refused = (
+        (not privacy.dp and privacy.dp_noise == "shared", "dp-noise: there is no noise to share; set dp=true"),
+        (privacy.dp and not privacy.dp_epsilon, "dp-epsilon: the noise of generator=marginal follows from it; give it"),
+        (privacy.dp_noise_multiplier, "dp-noise-multiplier: generator=marginal has none; give dp-epsilon"),
+        (privacy.dp_score_epsilon, "dp-score-epsilon: generator=marginal scores no patient; set it to 0"),
+        (
+            federation.strategy not in ("fedavg", "fedavgm"),
+            f"strategy: {federation.strategy} averages parameters, and generator=marginal sums counts; leave it out",
+        ),
+        (federation.max_update_norm, "max-update-norm: generator=marginal takes no updates; set it to 0"),
+        (federation.site_weights != "uniform", "site-weights: with generator=marginal every patient counts the same"),
+        (not federation.marginals, "marginals: generator=marginal is made of histograms; leave it true"),
+    )
+    problems = [text for is_refused, text in refused if is_refused]
+    return problems + (_honest(privacy, federation) if privacy.dp_noise == "shared" else [])
 
 
 def _averaged(federation: _Section | None) -> list[str]:
     """Why the sites' updates cannot be averaged as asked."""
     if not isinstance(federation, FederationConfig) or federation.strategy not in get_args(RobustName):
+        return []
+    if federation.generator == "marginal":
         return []
     problems, strategy, needed, given = [], federation.strategy, federation.needed_sites, federation.min_sites
     if given < needed:

@@ -283,7 +283,7 @@ def _wait(home: Home, run: str) -> None:
         done = int(told.get("server_round", 0))
         if done > max(shown, 0):
             seconds = told.get("seconds_per_round") or 0.0
-            total = settings.federation.num_server_rounds
+            total = told.get("num_server_rounds") or settings.federation.rounds
             typer.echo(f"run {run}: round {done} of {total}, {seconds:.1f} s a round", err=True)
         shown = done
         if is_heard and job.state in jobs.ENDED:

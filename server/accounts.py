@@ -24,7 +24,7 @@ def collect_accounts(config: RunConfig, roster: Roster) -> dict[str, PrivacyAcco
     standing = roster.standing(roster.nodes)
     sites = sorted([*standing.free, *standing.busy])
     messages = {site: Message(content, roster.nodes[site], "query.account") for site in sites}
-    answers = roster.exchange.ask(messages, Subject("account", config.federation.num_server_rounds))
+    answers = roster.exchange.ask(messages, Subject("account", config.federation.rounds))
     replies = check_replies(answers, asked=sites, read=SiteAccount.from_wire)
     accounts, missing = {}, {**standing.absent, **replies.dropped}
     for site, reply in replies.accepted.items():

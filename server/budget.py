@@ -4,10 +4,13 @@ import math
 
 from mcrage.config import RunConfig
 from mcrage.data.schema import TableSchema
+from mcrage.marginal.budget import Budget, Shares, precision
+from mcrage.marginal.estimation import num_tables
 from mcrage.privacy.accounting import alone, calibrate_noise_multiplier, epsilon
 from mcrage.privacy.counts import group_counts_event, marginals_event, scores_event
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.shared import SharedNoise
+from mcrage.privacy.shared_counts import SharedCounts
 
 
 def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
@@ -17,7 +20,7 @@ def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
         PrivacyError: If no noise multiplier is enough.
     """
     privacy = config.privacy
-    if not privacy.dp or privacy.dp_noise_multiplier:
+    if not privacy.dp or privacy.dp_noise_multiplier or config.federation.generator == "marginal":
         return config
     noise_multiplier = calibrate_noise_multiplier(
         epsilon=privacy.dp_epsilon,
@@ -30,10 +33,12 @@ def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
 
 
 def planned_events(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:
-    """Everything that a site will be charged for: training, counts, histograms, scores."""
+    """Everything that a site will be charged for: training, counts, histograms, scores; or tables of counts."""
     privacy = config.privacy
     if not privacy.dp:
         return (PrivacyEvent(mechanism="unprotected"),)
+    if config.federation.generator == "marginal":
+        return _tables(config, schema)
     training = PrivacyEvent(
         mechanism="dp-sgd",
         noise_multiplier=privacy.dp_noise_multiplier,
@@ -42,6 +47,22 @@ def planned_events(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent
         own_noise=_own_noise(config),
     )
     return (training, *_counted(config, schema))
+
+
+def tables_budget(config: RunConfig) -> Budget:
+    """What the marginal generator's tables may cost one site; exact ones without privacy.
+
+    With shared noise sums may stay closed before the first is open, and are paid for: as often as ``dp_spare_rounds``
+    says, those of the one-way histograms. Later on a question is repeated as it stands, which costs nothing.
+
+    Raises:
+        ConfigError: If epsilon is not above .001.
+    """
+    privacy = config.privacy
+    if not privacy.dp:
+        return Budget(precision=math.inf)
+    whole, shares = precision(epsilon=privacy.dp_epsilon, delta=privacy.dp_delta), Shares()
+    return Budget(precision=whole / (1 + _spare(config) * shares.one_ways), shares=shares)
 
 
 def planned_epsilon(config: RunConfig, schema: TableSchema) -> float:
@@ -62,8 +83,21 @@ def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
 
 def _steps(config: RunConfig) -> int:
     """Noisy steps that are paid for: with shared noise also those of sums that may stay closed."""
-    spare = config.privacy.dp_spare_rounds if config.privacy.dp_noise == "shared" else 0
-    return config.federation.total_steps + spare
+    return config.federation.total_steps + _spare(config)
+
+
+def _spare(config: RunConfig) -> int:
+    return config.privacy.dp_spare_rounds if config.privacy.dp_noise == "shared" else 0
+
+
+def _tables(config: RunConfig, schema: TableSchema) -> tuple[PrivacyEvent, ...]:
+    """Tables of counts by question, as with a forest: without one they cost the same, or less."""
+    privacy, asked = config.privacy, tables_budget(config).events(num_tables(schema))
+    asked += asked[:1] * _spare(config)
+    if privacy.dp_noise == "local":
+        return asked
+    sites, colluders = config.federation.min_sites, privacy.dp_colluders
+    return tuple(SharedCounts(noise=e.noise_multiplier, sites=sites, colluders=colluders).event(e) for e in asked)
 
 
 def _own_noise(config: RunConfig) -> float:

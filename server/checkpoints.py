@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from mcrage.config import RunConfig
+from mcrage.data.schema import TableSchema
 from mcrage.errors import CheckpointError, ConfigError, FederationError
 from mcrage.files import lock_file
 
@@ -31,6 +33,8 @@ _LOG = logging.getLogger("mcrage.server")
 _TENSORS, _STATE, _HISTORY, _MANIFEST = "tensors.safetensors", "state.json", "history.jsonl", "manifest.json"
 _KEPT = 2
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,6 +64,11 @@ class Checkpoint:
     strategy_state: Arrays
     history: tuple[Mapping[str, Any], ...]
     site_counts: Mapping[str, str]
+
+
+def run_fingerprint(config: RunConfig, schema: TableSchema) -> str:
+    """SHA-256 of settings and schema: what a run that goes on must have in common with the one that stopped."""
+    return hashlib.sha256((config.run + schema.fingerprint).encode()).hexdigest()
 
 
 @contextmanager
@@ -129,6 +138,31 @@ class CheckpointFolder:
         if found:
             raise CheckpointError(f"all {len(found)} checkpoints in '{self.folder}' are damaged; start anew elsewhere")
         return None
+
+    def resumable(self, fingerprint: str, *, resume: bool) -> Checkpoint | None:
+        """The newest checkpoint, if a run may go on from it; None if there is nothing to go on from.
+
+        Args:
+            fingerprint: Of the run (:func:`run_fingerprint`).
+            resume: Whether to go on; without it a run that is not done stays as it is.
+
+        Raises:
+            ConfigError: If the folder has a run that is not done, and ``resume`` is not set.
+            CheckpointError: If the run there is another one, or all checkpoints are damaged.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        if not resume:
+            if latest.server_round < latest.num_server_rounds:
+                done = f"{latest.server_round} of {latest.num_server_rounds} rounds"
+                raise ConfigError(f"'{self.folder}' has a run after {done}: set resume=true, or another out-dir")
+            return None
+        if latest.run_fingerprint != fingerprint:
+            raise CheckpointError(
+                f"the run in '{self.folder}' had other settings or another schema; it cannot be resumed"
+            )
+        return latest
 
     def clear(self) -> None:
         """Removes every checkpoint."""

@@ -48,7 +48,7 @@ class Subject:
         attempt: Which request of the round, where answers to one mean nothing to another.
     """
 
-    kind: Literal["description", "training", "measurement", "account"]
+    kind: Literal["description", "training", "counts", "measurement", "account"]
     server_round: int
     attempt: int = 0
 

@@ -2,9 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mcrage.data.groups import GroupCounts
+from mcrage.data.marginals import Marginals
+from mcrage.generator import Generator
+from mcrage.privacy.statement import PrivacyAccount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +71,27 @@ class MetricsFile:
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationResult:
+    """What a run gives.
+
+    Attributes:
+        model: The generator: of a network the moving average of the rounds.
+        site_counts: Group counts that each site released about its training rows, by site; empty ones where none were
+            asked for.
+        group_counts: Their sum, or what the marginal generator's own table of groups has.
+        marginals: One-way histograms summed over the sites; None without them.
+        history: One record per round.
+        absent: Nodes that took no part in the run, with the reason.
+        accounts: What the sites' privacy ledgers say after the run, by site; empty without privacy.
+    """
+
+    model: Generator
+    site_counts: Mapping[str, GroupCounts]
+    group_counts: GroupCounts
+    marginals: Marginals | None
+    history: tuple[RoundRecord, ...]
+    absent: Mapping[str, str]
+    accounts: Mapping[str, PrivacyAccount] = field(default_factory=dict)

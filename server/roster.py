@@ -177,14 +177,16 @@ class Roster:
 
     def _questions(self, node_ids: Iterable[int]) -> dict[str, Message]:
         federation, privacy = self._config.federation, self._config.privacy
+        counts = federation.generator == "cddpm"  # the marginal generator's own tables tell how many there are
         instruction = DescribeInstruction(
             run=self._config.run,
             test_fraction=federation.test_fraction,
             marginals=self._config.marginals,
+            counts=counts,
             dp=privacy.dp,
             delta=privacy.dp_delta if privacy.dp else 0.0,
             noise_seed=privacy.dp_noise_seed,
-            count_epsilon=privacy.dp_count_epsilon if privacy.dp else 0.0,
+            count_epsilon=privacy.dp_count_epsilon if privacy.dp and counts else 0.0,
             shares_noise=privacy.dp_noise == "shared",
             histogram_noise=privacy.dp_histogram_noise if privacy.dp and self._config.marginals else 0.0,
         )

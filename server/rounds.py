@@ -4,12 +4,12 @@ The averaging is that of a stock Flower strategy; the loop around it is ours bec
 round 1 whatever was done before, waits for ever below its minimum of nodes, and ends at the first inconsistent reply.
 """
 
-import hashlib
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,21 +20,22 @@ from flwr.serverapp import Grid
 from mcrage.cddpm import CDDPM
 from mcrage.config import RunConfig
 from mcrage.data.groups import GroupCounts
-from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.data.transform import TableTransform
 from mcrage.diffusion.network import ModelConfig
-from mcrage.errors import CheckpointError, ConfigError
 from mcrage.memory import require_memory
 from mcrage.messages import Parameters, SiteLoss, SiteScores, Wire, counts_from_json, counts_to_json
 from mcrage.privacy.counts import SCORE_EDGES
 from mcrage.privacy.statement import PrivacyAccount
 from server.accounts import collect_accounts
 from server.budget import planned_epsilon, with_noise
-from server.checkpoints import Checkpoint, CheckpointFolder, one_writer
+from server.checkpoints import CHECKPOINTS as CHECKPOINTS
+from server.checkpoints import Checkpoint, CheckpointFolder, one_writer, run_fingerprint
+from server.counting import count_federation
 from server.exchange import Exchange, Subject
 from server.instructions import Instructions
 from server.local_steps import LocalSteps, Method
+from server.records import FederationResult as FederationResult
 from server.records import MetricsFile as MetricsFile
 from server.records import RoundRecord as RoundRecord
 from server.roster import Roster, call_roll, total_counts
@@ -44,30 +45,6 @@ from server.validation import check_replies, in_order
 
 _LOG = logging.getLogger("mcrage.server")
 T = TypeVar("T")
-CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FederationResult:
-    """What a run gives.
-
-    Attributes:
-        model: The trained generator: the moving average of the rounds.
-        site_counts: Group counts that each site released about its training rows, by site.
-        group_counts: Their sum.
-        marginals: One-way histograms summed over the sites; None without them.
-        history: One record per round.
-        absent: Nodes that took no part in the run, with the reason.
-        accounts: What the sites' privacy ledgers say after the run, by site; empty without privacy.
-    """
-
-    model: CDDPM
-    site_counts: Mapping[str, GroupCounts]
-    group_counts: GroupCounts
-    marginals: Marginals | None
-    history: tuple[RoundRecord, ...]
-    absent: Mapping[str, str]
-    accounts: Mapping[str, PrivacyAccount] = field(default_factory=dict)
 
 
 Progress = Callable[[RoundRecord], None]
@@ -101,18 +78,24 @@ def run_federation(
         timeout = config.execution.round_timeout_seconds
         exchange = Exchange(grid, timeout=timeout, heard=status.heard)
         begun = CheckpointFolder(out_dir / CHECKPOINTS).latest() if config.places.resume else None
-        schema = None if begun is None else CDDPM.from_description(begun.description).schema_
+        schema = None if begun is None else TableSchema.parse(json.loads(begun.description)["schema"])
         status.change(server_round=0 if begun is None else begun.server_round)
         roster = call_roll(grid, config, exchange=exchange, schema=schema, waiting=status.waiting)
-        loop = RoundLoop(grid, config, roster, status=status)
-        while loop.server_round < config.federation.num_server_rounds:
-            record = loop.next_round()
-            if progress is not None:
-                progress(record)
-        result = replace(loop.result(), accounts=loop.accounts())
+        if config.federation.generator == "marginal":
+            result = count_federation(config, roster, status=status, progress=progress)
+        else:
+            result = _trained(RoundLoop(grid, config, roster, status=status), config, progress)
         if keep is not None:
             keep(result)
     return result
+
+
+def _trained(loop: "RoundLoop", config: RunConfig, progress: Progress | None) -> FederationResult:
+    while loop.server_round < config.federation.num_server_rounds:
+        record = loop.next_round()
+        if progress is not None:
+            progress(record)
+    return replace(loop.result(), accounts=loop.accounts())
 
 
 class RoundLoop:
@@ -233,16 +216,9 @@ class RoundLoop:
 
     def _resumed(self) -> Checkpoint | None:
         """The last checkpoint, if this run may go on from it; None if there is nothing to go on from."""
-        latest, folder = self._checkpoints.latest(), self._checkpoints.folder
+        latest = self._checkpoints.resumable(self._fingerprint(), resume=self._config.places.resume)
         if latest is None:
             return None
-        if not self._config.places.resume:
-            if latest.server_round < latest.num_server_rounds:
-                done = f"{latest.server_round} of {latest.num_server_rounds} rounds"
-                raise ConfigError(f"'{folder}' has a run after {done}: set resume=true, or another out-dir")
-            return None
-        if latest.run_fingerprint != self._fingerprint():
-            raise CheckpointError(f"the run in '{folder}' had other settings or another schema; it cannot be resumed")
         # safetensors keeps no order; the strategies go by the model's.
         names = list(CDDPM.from_description(latest.description).parameters())
         parameters, average = ({name: part[name] for name in names} for part in (latest.parameters, latest.average))
@@ -258,8 +234,7 @@ class RoundLoop:
         self._state = replace(self._state, site_counts=site_counts)
 
     def _fingerprint(self) -> str:
-        parts = self._config.run + self._roster.schema.fingerprint
-        return hashlib.sha256(parts.encode()).hexdigest()
+        return run_fingerprint(self._config, self._roster.schema)
 
     def _measured(self, server_round: int, average: Parameters) -> Mapping[str, SiteLoss | SiteScores]:
         """What the sites say about the averaged model, in the rounds in which it is measured."""

@@ -43,7 +43,7 @@ class LiveStatus:
             "run": config.run,
             "state": "waiting for sites",
             "server_round": 0,
-            "num_server_rounds": config.federation.num_server_rounds,
+            "num_server_rounds": config.federation.rounds,
             "sites": {},
             "seconds_per_round": None,
             "eta_seconds": None,

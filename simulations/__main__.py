@@ -293,8 +293,10 @@ def _print_plan(config: "ExperimentConfig", places: "Places", *, dataset: str, s
     _print_settings(config.to_flat())
     for site, table in study.hospitals.tables.items() if study else ():
         typer.echo(f"hospital {site}: {len(table):,} rows")
-    steps = config.federation.total_steps
-    typer.echo(f"{dataset}: {steps:,} training steps at each hospital, then the evaluation; results in {places.out}")
+    done = f"{config.federation.total_steps:,} training steps at each hospital"
+    if config.federation.generator == "marginal":
+        done = f"at most {config.federation.rounds} questions for tables of counts"
+    typer.echo(f"{dataset}: {done}, then the evaluation; results in {places.out}")
     _print_privacy(config, dataset, study)
 
 

@@ -38,7 +38,7 @@ from mcrage.render.attacks import attacks_table
 from mcrage.rng import derive
 from server.app import write_card
 from server.roster import call_roll
-from server.rounds import FederationResult, RoundLoop, RoundRecord
+from server.rounds import FederationResult, RoundLoop, RoundRecord, run_federation
 from simulations.arms import (
     LocalTraining,
     SiteTables,
@@ -180,6 +180,9 @@ def _federate(study: Study, config: ExperimentConfig, places: Places) -> tuple[F
         places=PlacesConfig(out_dir=str(places.federation), resume=places.resume),
     )
     grid = InProcessGrid(app, study.node_configs(places.out), run)
+    if config.federation.generator == "marginal":  # there is no model between two rounds, and so no curve
+        with ProgressReport("federation: question", config.federation.rounds, enabled=places.verbose) as progress:
+            return run_federation(grid, run, progress=lambda _: progress.advance("")), {}
     loop = RoundLoop(grid, run, call_roll(grid, run))
     curve = Curve(places.federation / "fidelity.json", done=loop.server_round)
     rounds, every = config.federation.num_server_rounds, config.fidelity_every

@@ -163,14 +163,20 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_to_the_same_bytes(
     assert model_of(federation, "halted") == in_one_process(federation, "halted")
 
 
+@pytest.mark.parametrize(
+    ("run", "settings"),
+    [
+        ("shared", {"dp_noise_multiplier": 0.7, "dp_sample_rate": 0.3, "local_steps": 1, "num_server_rounds": 4}),
+        ("counted", {"generator": "marginal", "dp_epsilon": 20.0}),
+    ],
+)
 def test_real_hospitals_share_noise_under_masks_to_the_bytes_of_the_same_run_in_one_process(
-    federation: Federation, in_one_process: Callable[..., str]
+    federation: Federation, in_one_process: Callable[..., str], run: str, settings: dict[str, Scalar]
 ) -> None:
-    private = {"dp": True, "dp_noise": "shared", "dp_noise_multiplier": 0.7, "dp_sample_rate": 0.3, "dp_noise_seed": 3}
-    federation.want("shared", num_server_rounds=4, **{"local_steps": 1, **private})
-    assert federation.finished("shared").state == "done", federation.log("coordinator")[-2000:]
-    assert all(len(record["sites"]) == 3 for record in federation.result("shared")["rounds"])
-    assert model_of(federation, "shared") == in_one_process(federation, "shared")
+    federation.want(run, **{"dp": True, "dp_noise": "shared", "dp_noise_seed": 3, **settings})
+    assert federation.finished(run).state == "done", federation.log("coordinator")[-2000:]
+    assert all(len(record["sites"]) == 3 for record in federation.result(run)["rounds"])
+    assert model_of(federation, run) == in_one_process(federation, run)
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(federation: Federation, in_one_process: Callable[..., str]) -> None:

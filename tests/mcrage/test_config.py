@@ -167,3 +167,37 @@ def test_what_does_not_go_with_sums_that_nobody_can_look_into_is_refused(changes
         RunConfig.parse(SHARED | changes)
     (line,) = str(refused.value).splitlines()
     assert line.startswith(told)
+
+
+COUNTED = {"generator": "marginal", "dp": True, "dp-epsilon": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dp-epsilon": 0.0}, "dp-epsilon: the noise of generator=marginal follows from it; give it"),
+        ({"dp-noise-multiplier": 1.0}, "dp-noise-multiplier: generator=marginal has none; give dp-epsilon"),
+        ({"dp-score-epsilon": 0.5}, "dp-score-epsilon: generator=marginal scores no patient; set it to 0"),
+        ({"dp": False, "dp-epsilon": 0.0, "dp-noise": "shared"}, "dp-noise: there is no noise to share; set dp=true"),
+        ({"dp-noise": "shared", "dp-colluders": 2}, "min-sites: of 2 sites 2 may collude; ask for more"),
+        ({"strategy": "fedmedian", "min-sites": 3}, "strategy: fedmedian averages parameters, and generator=marginal"),
+        ({"max-update-norm": 5.0}, "max-update-norm: generator=marginal takes no updates; set it to 0"),
+        ({"site-weights": "counts"}, "site-weights: with generator=marginal every patient counts the same"),
+        ({"marginals": False}, "marginals: generator=marginal is made of histograms; leave it true"),
+    ],
+)
+def test_what_tables_of_counts_would_ignore_is_refused(changes: dict[str, Scalar], told: str) -> None:
+    RunConfig.parse(COUNTED)
+    RunConfig.parse(COUNTED | {"dp-noise": "shared"})  # its rounds are no steps
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.parse(COUNTED | changes)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(told)
+
+
+def test_a_run_of_the_marginal_generator_has_as_many_rounds_as_questions() -> None:
+    config = RunConfig.parse(COUNTED)
+    assert (config.federation.rounds, RunConfig().federation.rounds) == (5, 40)
+    assert not config.marginals
+    assert config.measured_rounds() == RunConfig.parse({"generator": "marginal"}).measured_rounds() == ()
+    assert config.run != RunConfig.parse(COUNTED | {"generator": "cddpm"}).run

@@ -78,3 +78,18 @@ def test_with_shared_noise_the_plan_pays_for_sums_that_may_stay_closed_and_tells
     assert lines[-1].endswith(f"more than 1 colluding sites, or whoever breaks the masks, epsilon = {left:.2f}")
     few = private(**(shared | {"min_sites": 60}), dp_epsilon=8.0, dp_sample_rate=0.05)
     assert plan_lines(few, tiny_schema)[-1].endswith("or whoever breaks the masks, no epsilon at all")
+
+
+@pytest.mark.parametrize("noise", ["local", "shared"])
+def test_the_plan_of_the_marginal_generator_names_its_tables_and_their_epsilon(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema, noise: str
+) -> None:
+    config = private(generator="marginal", dp_noise=noise, dp_score_epsilon=0.0, min_sites=5, dp_spare_rounds=1)
+    lines = plan_lines(config, tiny_schema)
+    events = planned_events(config, tiny_schema)
+    assert lines[0].startswith("privacy: 4 counts per patient with Gaussian noise of standard deviation ")
+    assert [event.steps for event in events] == [4, 1, 2, 1, 1] + [4] * (noise == "shared")
+    assert 2.9 < planned_epsilon(config, tiny_schema) <= 3.0
+    assert any("each site's patients would pay epsilon = " in line for line in lines)
+    assert (" shared by the sites, " in lines[0]) == (noise == "shared")
+    assert ("colluding sites" in lines[-1]) == (noise == "shared")
