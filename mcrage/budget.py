@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcrage.errors import ConfigError
+
 if TYPE_CHECKING:
     from mcrage.privacy.accounting import PlannedTraining
     from mcrage.privacy.ledger import Charge, PrivacyLedger
@@ -116,7 +118,11 @@ def plan_training(
     *,
     patients: Annotated[int, typer.Option(min=1, help="The number of patients that the site declares.")],
     epsilon: Annotated[float, typer.Option(help="What training and --also may cost together.")],
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run.")],
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of a training.")] = None,
+    schema_file: Annotated[
+        Path | None,
+        typer.Option("--schema", help="Plan the tables of generator=marginal for this data dictionary, no training."),
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="By default from the number of patients.")] = None,
     also: Annotated[
         list[str] | None,
@@ -124,12 +130,18 @@ def plan_training(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how much noise an epsilon takes, by batches and steps; reads no data."""
+    """Show how much noise an epsilon takes, by batches and steps or by tables of counts; reads no data."""
     from mcrage.privacy.accounting import default_delta, plan
     from mcrage.privacy.events import PrivacyEvent
 
     events = [PrivacyEvent.from_json(text) for text in also or []]
     at_most = default_delta(patients) if delta is None else delta
+    if schema_file is not None:
+        lines = _tables_plan(schema_file, patients=patients, epsilon=epsilon, delta=at_most, as_json=as_json)
+        typer.echo("\n".join(lines))
+        return
+    if rounds is None:
+        raise ConfigError("--rounds: how many the training has; or --schema, to plan tables of counts")
     choices = plan(patients=patients, epsilon=epsilon, delta=at_most, num_rounds=rounds, also=events)
     if as_json:
         content = {"delta": at_most, "choices": [asdict(choice) for choice in choices]}
@@ -139,6 +151,30 @@ def plan_training(
     typer.echo(_as_table(choices, patients=patients, rounds=rounds))
     typer.echo("noise: of the mean gradient, per coordinate, over the clipping norm; little of it is good")
     typer.echo("*: of so many steps, the smallest batches with at most 10 % more noise than the least")
+
+
+def _tables_plan(path: Path, *, patients: int, epsilon: float, delta: float, as_json: bool) -> list[str]:
+    """Noise of each question of the marginal generator, where every site adds all of it."""
+    from mcrage.data.schema import TableSchema
+    from mcrage.marginal.budget import Budget, precision
+    from mcrage.marginal.estimation import num_tables
+    from mcrage.privacy import accounting
+
+    tables = {share: number for share, number in num_tables(TableSchema.load(path)).items() if number}
+    events = Budget(precision=precision(epsilon=epsilon, delta=delta)).events(tables)
+    cost = accounting.epsilon(events, delta=delta)
+    if as_json:
+        rows = [{"question": name, **event.to_dict()} for name, event in zip(tables, events, strict=True)]
+        return [json.dumps({"delta": delta, "epsilon": cost, "questions": rows}, indent=1)]
+    shown = [
+        f"{name:<10}  {event.steps:>6,}  {event.noise_multiplier:>15.3g}  {event.noise_multiplier / patients:>15.2%}"
+        for name, event in zip(tables, events, strict=True)
+    ]
+    return [
+        f"epsilon {cost:.2f} at delta {delta:g} for {patients:,} patients; sites that share the noise add less each",
+        "question    tables  noise on a cell  of the patients",
+        *shown,
+    ]
 
 
 def _as_table(choices: "tuple[PlannedTraining, ...]", *, patients: int, rounds: int) -> str:

@@ -1,6 +1,7 @@
 """``mcrage budget``: what it prints, its exit codes, and that it stays light."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mcrage import cli
+from mcrage.data.schema import TableSchema
 from mcrage.privacy.accounting import epsilon
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.ledger import Limits, PrivacyLedger
@@ -130,6 +132,22 @@ def test_plan_counts_other_releases_and_gives_json(run: Run) -> None:
         assert less["noise_multiplier"] < more["noise_multiplier"]
 
 
+def test_a_plan_of_tables_names_their_noise_and_the_epsilon_of_all(
+    run: Run, tmp_path: Path, tiny_schema: TableSchema
+) -> None:
+    tiny_schema.save(tmp_path / "schema.json")
+    asked = ("plan", "--patients", 1000, "--epsilon", 2, "--schema", tmp_path / "schema.json")
+    code, out, _ = run(*asked)
+    assert code == 0
+    assert re.match(r"epsilon (1\.9\d|2\.00) at delta 1e-05 for 1,000 patients", out)
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+        ["one_ways", "4"], ["groups", "1"], ["conditions", "2"], ["pairs", "1"], ["edges", "1"]
+    ]  # fmt: skip
+    told = json.loads(run(*asked, "--json")[1])
+    events = [PrivacyEvent(**{k: v for k, v in each.items() if k != "question"}) for each in told["questions"]]
+    assert told["epsilon"] == epsilon(events, delta=1e-5) <= 2.0
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -141,6 +159,7 @@ def test_plan_counts_other_releases_and_gives_json(run: Run) -> None:
             "delta must lie in (0, 0.001], got 0.1",
         ),
         (("--patients", 100, "--epsilon", 1e-5, "--rounds", 10), 3, "no choice keeps the cost"),
+        (("--patients", 100, "--epsilon", 1), 2, "--rounds: how many the training has; or --schema"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_line(run: Run, options: tuple[object, ...], code: int, message: str) -> None:
