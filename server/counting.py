@@ -101,7 +101,8 @@ class SitesSource:
         told = json.loads(self._state.description)
         self.sites: tuple[str, ...] = tuple(told["sites"])
         self._peers, self._questions = str(told["peers"]), list(told["questions"])
-        self._left_out: dict[str, str] = {}
+        self._failed: dict[str, str] = {}  # whose silence closed a sum, and why
+        self._missing: dict[str, str] = {}
         self._asked = 0
         self._metrics.restart(self.history)
         self._tell_progress()
@@ -177,26 +178,25 @@ class SitesSource:
             losses={},
             held_out={},
             scores={},
-            dropped=in_order(self._left_out | replies.dropped),
+            dropped=in_order(self._missing | self._failed | replies.dropped),
             seconds=time.monotonic() - started,
         )
-        self._left_out = {}
+        self._missing, self._failed = {}, {}
         self._keep(record, total)
 
     def _choose(self) -> None:
         """Takes all sites that are there and notes them, before one is asked."""
         self._closed.require_planned(self._asked)
-        admitted, reasons = gathered(
+        admitted, self._missing = gathered(
             self._config, self._roster, self._status, server_round=self._asked, admit=self._admitted
         )
-        self._left_out = reasons | self._left_out
         self.sites = tuple(admitted)
         self._peers = peers_to_json({site: peer for site, peer in admitted.items() if peer}) if self._is_shared else ""
         self._save()
 
     def _admitted(self, site: str) -> Peer | None:
-        if site in self._left_out:
-            raise MessageError(self._left_out[site])
+        if site in self._failed:
+            raise MessageError(self._failed[site])
         return offer(self._config, self._roster, site) if self._is_shared else None
 
     def _is_complete(self, replies: Replies[SiteSum | SiteCounts]) -> bool:
@@ -212,7 +212,7 @@ class SitesSource:
         self._closed.add()
         for site, reason in replies.dropped.items():
             _LOG.warning("round %d: the sum stays closed, site %s is missing: %s", self._asked, site, reason)
-        self._left_out |= replies.dropped
+        self._failed |= replies.dropped
         self.sites = ()
         return False
 

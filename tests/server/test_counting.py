@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -302,3 +303,20 @@ def test_what_takes_a_runs_model_takes_this_one(config: Config, mode: str, tmp_p
     total = sum(group["counted"] for group in plan["groups"])
     assert total == pytest.approx(sum(result.group_counts.values()))
     assert total == pytest.approx(252, abs=80)
+
+
+def test_nothing_is_claimed_of_a_site_that_charges_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config("local")
+    shutil.copytree(given.places.site_dir, tmp_path / "sites", ignore=shutil.ignore_patterns("private"))
+    settings = config("local", site_dir=str(tmp_path / "sites"), dp_noise_seed=-1)
+    charge = PrivacyLedger.charge
+    monkeypatch.setattr(PrivacyLedger, "charge", lambda self, events, **more: None)
+    save_result(plain(settings), settings, seconds=1.0)
+    card = tmp_path / "out" / "model" / "card.md"
+    assert "its ledger is empty" in card.read_text()
+    assert "So nothing is claimed of the model as a whole." in card.read_text()
+    monkeypatch.setattr(PrivacyLedger, "charge", charge)
+    save_result(plain(settings), settings, seconds=1.0)
+    assert "-differential privacy at patient level" in card.read_text()
