@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mcrage import CDDPM
+from mcrage import CDDPM, MarginalGenerator
 from mcrage.data.groups import MINIMUM_CELL
 from mcrage.errors import CheckpointError, ConfigError
 from mcrage.evaluation.report import ALL, ARMS, RunResults
+from mcrage.generator import load_generator
 from simulations.experiment import check_study, run_experiment
 from simulations.findings import EVERYBODY_ELSE
 from simulations.settings import ExperimentConfig, Places, parse_config
@@ -212,3 +213,17 @@ def test_a_run_without_privacy_says_nothing_of_it(out: Path) -> None:
         text = (out / name).read_text(encoding="utf-8")
         assert "No privacy claim is made" in text
         assert not re.search("differential(ly)? priva", text)
+
+
+@pytest.mark.slow
+def test_an_experiment_with_the_marginal_generator_has_the_same_parts_and_goes_on(study: Study, tmp_path: Path) -> None:
+    counted = {"generator": "marginal", "dp": True, "dp_epsilon": 20.0, "dp_noise": "shared", "dp_noise_seed": 3}
+    settings = parse_config(SETTINGS | counted | {"local_models": False})
+    run_experiment(study, settings, Places(out=tmp_path, num_workers=1, verbose=False))
+    assert isinstance(load_generator(tmp_path / "model"), MarginalGenerator)
+    assert "the model is no network: it has no loss" in (tmp_path / "model" / "card.md").read_text(encoding="utf-8")
+    first = (tmp_path / "synthetic.csv").read_bytes()
+    (tmp_path / "results.json").unlink()
+    run_experiment(study, settings, Places(out=tmp_path, num_workers=1, verbose=False, resume=True))
+    assert (tmp_path / "synthetic.csv").read_bytes() == first
+    assert (tmp_path / "report.html").exists()
