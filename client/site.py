@@ -257,7 +257,7 @@ class Site:
         if not instruction.dp:
             return Marginals.of(train, schema, minimum=minimum)
         key, noise = release.key("histograms"), instruction.histogram_noise
-        return counts.noisy_marginals(train, schema, noise=noise, key=key, minimum=minimum)
+        return counts.noisy_columns(train, schema, noise=noise, key=key, minimum=minimum)
 
     def _train(self, instruction: TrainInstruction, model: CDDPM, config: TrainingConfig) -> float | None:
         self._protection.charge(instruction, [], dataset=self._dataset)

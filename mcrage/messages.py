@@ -60,7 +60,8 @@ class SiteDescription(WireMessage):
         schema_fingerprint: Of its data dictionary.
         schema_text: The data dictionary, which is public.
         group_counts: Rows per group of the training part; no count from 1 to 10 is in it.
-        marginals: One-way histograms of the training part, small cells merged; None where they were not asked for.
+        marginals: One-way histograms of the training part, small cells merged, or with privacy as the noise left them,
+            negative counts included; None where they were not asked for. No count from 1 to 10 is in them.
         versions: Versions of what computes, such as torch.
         mask_key: The site's key for masks with its signature (:mod:`mcrage.peers`); empty where none was asked for.
     """
@@ -90,8 +91,8 @@ class SiteDescription(WireMessage):
         return Wire(values, {name: np.asarray(cells, dtype=np.float64) for name, cells in histograms.items()})
 
     @classmethod
-    def from_wire(cls, wire: Wire) -> "SiteDescription":
-        """Checks every field, against the schema that came with it.
+    def from_wire(cls, wire: Wire, *, noisy: bool = False) -> "SiteDescription":
+        """Checks every field, against the schema that came with it; noisy histograms may have negative counts.
 
         Raises:
             MessageError: If anything is not as agreed.
@@ -108,7 +109,7 @@ class SiteDescription(WireMessage):
         has_marginals = values.pop("has-marginals", None)
         if not isinstance(has_marginals, bool) or (wire.arrays and not has_marginals):
             raise MessageError("histograms came without being announced")
-        marginals = Marginals.from_wire(wire.arrays, schema) if has_marginals else None
+        marginals = Marginals.from_wire(wire.arrays, schema, noisy=noisy) if has_marginals else None
         return checked(cls, values, marginals=marginals)
 
 

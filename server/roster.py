@@ -1,11 +1,12 @@
 """Who takes part: the roll call before the first round, and who comes, returns or may not stay between rounds."""
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -18,6 +19,7 @@ from mcrage.data.marginals import Marginals
 from mcrage.data.schema import TableSchema
 from mcrage.errors import FederationError, SchemaError
 from mcrage.messages import DescribeInstruction, SiteDescription
+from mcrage.privacy.counts import readable_marginals
 from server.exchange import Answer, Exchange, Subject
 from server.registry import Registry, SitesFile
 from server.validation import check_replies
@@ -97,9 +99,16 @@ class Roster:
 
     @property
     def marginals(self) -> Marginals | None:
-        """Histograms summed over the sites; None if a site gave none."""
-        released = [description.marginals for description in self.descriptions.values()]
-        return reduce(add, released) if all(marginals is not None for marginals in released) else None
+        """Histograms summed over the sites, and only then made readable; None if a site gave none."""
+        told = [description.marginals for description in self.descriptions.values()]
+        released = [marginals for marginals in told if marginals is not None]
+        if len(released) < len(told):
+            return None
+        total = reduce(add, released)
+        if not self._config.privacy.dp:
+            return total
+        deviation = self._config.privacy.dp_histogram_noise * math.sqrt(len(released))
+        return readable_marginals(total, self.schema, deviation=deviation)
 
     def call(self, waiting: Waiting | None = None) -> None:
         """Asks every node that may take part to describe itself, and again those missing while there are too few."""
@@ -195,7 +204,9 @@ class Roster:
 
     def _hear(self, answers: Iterable[Answer], *, asked: Iterable[int], server_round: int) -> None:
         labels = {_label(node_id): node_id for node_id in asked}
-        replies = check_replies(answers, asked=labels, read=SiteDescription.from_wire)
+        replies = check_replies(
+            answers, asked=labels, read=partial(SiteDescription.from_wire, noisy=self._config.privacy.dp)
+        )
         for label, reason in replies.dropped.items():
             self._absent[labels[label]] = reason
             self._ask_again[labels[label]] = server_round + ROUNDS_UNTIL_ASKED_AGAIN

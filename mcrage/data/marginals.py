@@ -44,8 +44,8 @@ class Marginals(Mapping[str, Floats]):
         return {name: [float(count) for count in cells] for name, cells in self.items()}
 
     @classmethod
-    def from_wire(cls, wire: Mapping[str, Any], schema: TableSchema) -> "Marginals":
-        """Checks every name, length and sign.
+    def from_wire(cls, wire: Mapping[str, Any], schema: TableSchema, *, noisy: bool = False) -> "Marginals":
+        """Checks every name, length and sign; noisy counts may be negative.
 
         Raises:
             MessageError: If the histograms are not those of ``schema``.
@@ -56,7 +56,7 @@ class Marginals(Mapping[str, Floats]):
         cells = {}
         for name, length in expected.items():
             counts = np.asarray(wire[name], dtype=np.float64)
-            if counts.shape != (length,) or not np.isfinite(counts).all() or (counts < 0).any():
+            if counts.shape != (length,) or not np.isfinite(counts).all() or (not noisy and (counts < 0).any()):
                 raise MessageError(f"histogram of column '{name}': expected {length} finite counts of at least 0")
             cells[name] = counts
         return cls(cells)

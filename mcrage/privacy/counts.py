@@ -168,10 +168,48 @@ def noisy_marginals(
     Raises:
         PrivacyError: As :func:`marginals_event`.
     """
-    noisy = _noisy_columns(table, schema, noise=noise, key=key)
-    ends = np.cumsum([num_cells(column) + 1 for column in schema.modelled])[:-1]
-    parts = zip(schema.modelled, np.split(noisy.values, ends), strict=True)
-    return Marginals({column.name: readable(part, column, deviation=noise, minimum=minimum) for column, part in parts})
+    noisy = _by_column(_noisy_columns(table, schema, noise=noise, key=key), schema)
+    return readable_marginals(noisy, schema, deviation=noise, minimum=minimum)
+
+
+def noisy_columns(
+    table: pd.DataFrame, schema: TableSchema, *, noise: float, key: bytes, minimum: int = MINIMUM_CELL
+) -> Marginals:
+    """Histograms of all modelled columns with noise, to be added to those of other sites before they are read.
+
+    Noise falls on both sides, and so do the counts here: where each site cut its own negative counts off, their sum
+    would say of a level that nobody has that some patients of every site have it. No count from 1 to ``minimum`` − 1 is
+    in it, nor one from −1 down to as far below: both are 0, so that noise alone still adds up to nothing.
+
+    *Guarantee*: as :func:`noisy_marginals`.
+
+    Args:
+        table: Rows that follow the schema.
+        schema: The columns and their cells.
+        noise: Standard deviation of the noise on each cell.
+        key: Of this release and this table; the module says why.
+        minimum: Counts nearer to 0 are 0.
+
+    Raises:
+        PrivacyError: As :func:`marginals_event`.
+    """
+    noisy = _by_column(_noisy_columns(table, schema, noise=noise, key=key), schema)
+    return Marginals({name: np.where(np.abs(cells) < minimum, 0.0, cells) for name, cells in noisy.items()})
+
+
+def readable_marginals(
+    noisy: Marginals, schema: TableSchema, *, deviation: float, minimum: int = MINIMUM_CELL
+) -> Marginals:
+    """Histograms from noisy ones: no negative counts, then small cells merged. It reads nothing but these.
+
+    Args:
+        noisy: Counts of which some may be negative.
+        schema: The columns and their cells.
+        deviation: Standard deviation of the noise on each of them.
+        minimum: Cells with fewer, by their noisy counts, are merged.
+    """
+    columns = schema.modelled
+    return Marginals({c.name: readable(noisy[c.name], c, deviation=deviation, minimum=minimum) for c in columns})
 
 
 def scores_event(schema: TableSchema, *, epsilon: float, edges: tuple[float, ...] = SCORE_EDGES) -> PrivacyEvent:
@@ -265,6 +303,12 @@ def _noisy_columns(table: pd.DataFrame, schema: TableSchema, *, noise: float, ke
     exact = [np.bincount(cell_codes(rows[c.name], c), minlength=num_cells(c) + 1) for c in schema.modelled]
     noise_key = derive(key, "columns", event.to_json(), schema.fingerprint)
     return with_noise(np.concatenate(exact), event=event, key=noise_key)
+
+
+def _by_column(noisy: NoisyCounts, schema: TableSchema) -> Marginals:
+    ends = np.cumsum([num_cells(column) + 1 for column in schema.modelled])[:-1]
+    parts = zip(schema.modelled, np.split(noisy.values, ends), strict=True)
+    return Marginals({column.name: part.astype(np.float64) for column, part in parts})
 
 
 def with_noise(exact: NDArray[np.int64], *, event: PrivacyEvent, key: bytes) -> NoisyCounts:

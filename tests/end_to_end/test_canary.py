@@ -185,7 +185,7 @@ FAULTS: list[tuple[str, Callable[[], BaseException]]] = [
     ("client.site.train_privately", lambda: cause(ZeroDivisionError(CANARY))),
     ("client.protection.PrivacyLedger.charge", lambda: sqlite3.DatabaseError(CANARY)),
     ("mcrage.privacy.counts.noisy_group_counts", lambda: TypeError(CANARY)),
-    ("mcrage.privacy.counts.noisy_marginals", lambda: StopIteration(CANARY)),
+    ("mcrage.privacy.counts.noisy_columns", lambda: StopIteration(CANARY)),
     ("mcrage.cddpm.CDDPM.event_probabilities", lambda: TimeoutError(CANARY)),
 ]
 

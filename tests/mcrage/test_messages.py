@@ -138,6 +138,16 @@ def test_a_description_comes_back_as_it_went_out(tiny_schema: TableSchema, with_
     assert wires[0] == wires[1]
 
 
+def test_counts_below_nothing_come_with_noise_alone(tiny_schema: TableSchema) -> None:
+    wire = description(tiny_schema).to_wire()
+    wire.arrays[tiny_schema.modelled[0].name][0] = -12.0
+    got = SiteDescription.from_wire(wire, noisy=True)
+    assert got.marginals is not None
+    assert got.marginals.to_wire()[tiny_schema.modelled[0].name][0] == -12.0
+    with pytest.raises(MessageError, match="at least 0"):
+        SiteDescription.from_wire(wire)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
