@@ -22,7 +22,7 @@ from mcrage.privacy.masking import opened
 from mcrage.privacy.shared import SharedNoise
 from mcrage.refusals import REFUSALS
 from mcrage.training.optimisers import Optimisers, TrainingConfig
-from mcrage.training.shared import descend, num_gradients
+from mcrage.training.shared import LABEL_LEARNING_RATE, descend, num_gradients
 from server.checkpoints import Arrays
 from server.exchange import Subject
 from server.gathering import CLOSED, ClosedSums, gathered, offer
@@ -60,6 +60,7 @@ class SharedSteps:
                 total_steps=federation.total_steps,
                 learning_rate=federation.learning_rate,
                 warmup_steps=federation.warmup_steps,
+                label_learning_rate=LABEL_LEARNING_RATE,
             ),
         )
         self._closed = ClosedSums(Path(config.places.out_dir) / CLOSED, config)

@@ -37,6 +37,8 @@ class DPSGDConfig:
         max_grad_norm: Clipping norm.
         draws: Noise levels per patient and step; their number costs time and no privacy.
         patients: Declared number of patients. Updates are divided by ``sample_rate`` times it, never by a count.
+        label_weight: Weight of the label model's loss. Its gradients are longer than the denoiser's by several times,
+            and would take up the clipping norm of both.
     """
 
     noise_multiplier: float
@@ -44,6 +46,7 @@ class DPSGDConfig:
     max_grad_norm: float
     draws: int
     patients: int
+    label_weight: float = 1.0
 
     def event(self, steps: int) -> PrivacyEvent:
         """What this many steps are to a ledger."""
@@ -195,4 +198,6 @@ class PatientGradients:
             noise=gaussian[:, 1:],
             attributes=self._diffusion.open_conditions(rows.attributes, dropped),
         )
-        return losses if self._network.label is None else losses + self._network.label.loss(rows)
+        if self._network.label is None:
+            return losses
+        return losses + self._privacy.label_weight * self._network.label.loss(rows)
