@@ -16,8 +16,8 @@ from mcrage.training.private import DPSGDConfig, PatientGradients, PatientRows, 
 LABEL_WEIGHT = 0.2
 """Of the label model's loss at the sites; its gradient is divided by it before the optimiser sees it.
 
-On ten hospitals of diabetes-130 at ε = 3 a weight of .1 leaves too much noise in the label model, and one of .3 makes a
-label of the simulated cohort rarer than it is, since clipped gradients count the same (``docs/privacy-budget.md``)."""
+Between .1, with which diabetes-130 came to less at ε = 3, and .3, with which the simulated cohort came to less:
+one seed each (``docs/privacy-budget.md``)."""
 LABEL_LEARNING_RATE = 0.01
 """Highest learning rate of the label model: steps are few, and each is of many patients."""
 
