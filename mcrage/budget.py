@@ -114,7 +114,7 @@ def _event_in_words(event: dict[str, Any]) -> str:
 
 
 @app.command("plan")
-def plan_training(
+def plan_training(  # noqa: PLR0913 — one per option
     *,
     patients: Annotated[int, typer.Option(min=1, help="The number of patients that the site declares.")],
     epsilon: Annotated[float, typer.Option(help="What training and --also may cost together.")],
@@ -128,9 +128,13 @@ def plan_training(
         list[str] | None,
         typer.Option(help="Another release that is planned, the JSON of an event; any number of them."),
     ] = None,
+    sites: Annotated[int, typer.Option(min=2, help="Hospitals that train together, each of so many patients.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Show how much noise an epsilon takes, by batches and steps or by tables of counts; reads no data."""
+    """Show how much noise an epsilon takes, by batches and steps or by tables of counts; reads no data.
+
+    After a plan in words stands what rows of such a run came to where that was measured.
+    """
     from mcrage.privacy.accounting import default_delta, plan
     from mcrage.privacy.events import PrivacyEvent
 
@@ -138,6 +142,8 @@ def plan_training(
     at_most = default_delta(patients) if delta is None else delta
     if schema_file is not None:
         lines = _tables_plan(schema_file, patients=patients, epsilon=epsilon, delta=at_most, as_json=as_json)
+        if not as_json:
+            lines += _prospects("marginal", patients=patients, sites=sites, epsilon=epsilon, delta=at_most)
         typer.echo("\n".join(lines))
         return
     if rounds is None:
@@ -151,6 +157,18 @@ def plan_training(
     typer.echo(_as_table(choices, patients=patients, rounds=rounds))
     typer.echo("noise: of the mean gradient, per coordinate, over the clipping norm; little of it is good")
     typer.echo("*: of so many steps, the smallest batches with at most 10 % more noise than the least")
+    typer.echo("\n".join(_prospects("cddpm", patients=patients, sites=sites, epsilon=epsilon, delta=at_most)))
+
+
+def _prospects(generator: str, *, patients: int, sites: int, epsilon: float, delta: float) -> list[str]:
+    """What rows are worth, by where the noise is added."""
+    from mcrage.prospects import Prospect, signal
+
+    lines = [f"{sites:,} hospitals of {patients:,} training patients, with noise of their own and with shared noise:"]
+    for noises in (sites, 1):
+        at = signal(patients=patients * sites, epsilon=epsilon, delta=delta, noises=noises)
+        lines.append(str(Prospect.of(generator, at)))
+    return lines
 
 
 def _tables_plan(path: Path, *, patients: int, epsilon: float, delta: float, as_json: bool) -> list[str]:

@@ -1,5 +1,6 @@
 """What a run will cost the patients of one site, known from its settings before anything is touched."""
 
+import logging
 import math
 
 from mcrage.config import RunConfig
@@ -11,6 +12,9 @@ from mcrage.privacy.counts import group_counts_event, marginals_event, scores_ev
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.shared import SharedNoise
 from mcrage.privacy.shared_counts import SharedCounts
+from mcrage.prospects import Prospect, signal
+
+_LOG = logging.getLogger("mcrage.server")
 
 
 def with_noise(config: RunConfig, schema: TableSchema) -> RunConfig:
@@ -79,6 +83,33 @@ def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
     cost, delta = planned_epsilon(config, schema), config.privacy.dp_delta
     lines.append(f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run")
     return [*lines, _line_alone(config, schema)] if config.privacy.dp_noise == "shared" else lines
+
+
+def prospect(config: RunConfig, schema: TableSchema, *, patients: float, sites: int) -> Prospect:
+    """What rows of a run can be expected to do, by what they did elsewhere at as much noise.
+
+    Args:
+        config: The settings.
+        schema: The data dictionary.
+        patients: That train, of all sites together.
+        sites: Number of sites.
+    """
+    return Prospect.of(
+        config.federation.generator,
+        signal(
+            patients=max(patients, 1.0),
+            epsilon=planned_epsilon(config, schema),
+            delta=config.privacy.dp_delta,
+            noises=1 if config.privacy.dp_noise == "shared" else sites,
+        ),
+    )
+
+
+def tell_prospect(config: RunConfig, schema: TableSchema, *, patients: float, sites: int) -> None:
+    """Logs :func:`prospect` of a private run, as a warning where hospitals did worse than with their own rows."""
+    if config.privacy.dp:
+        found = prospect(config, schema, patients=patients, sites=sites)
+        _LOG.log(logging.WARNING if found.harmed else logging.INFO, "%s", found)
 
 
 def _steps(config: RunConfig) -> int:

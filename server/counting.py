@@ -33,7 +33,7 @@ from mcrage.peers import Peer, peers_to_json
 from mcrage.privacy.masking import opened
 from mcrage.privacy.shared_counts import SharedCounts
 from server.accounts import collect_accounts
-from server.budget import planned_epsilon, tables_budget
+from server.budget import planned_epsilon, tables_budget, tell_prospect
 from server.checkpoints import CHECKPOINTS, Checkpoint, CheckpointFolder, run_fingerprint
 from server.exchange import Subject
 from server.gathering import CLOSED, ClosedSums, gathered, offer
@@ -183,6 +183,9 @@ class SitesSource:
         )
         self._missing, self._failed = {}, {}
         self._keep(record, total)
+        if self._asked == 1:
+            patients = float(total.sum()) / len(tables)
+            tell_prospect(self._config, self._roster.schema, patients=patients, sites=len(self.sites))
 
     def _choose(self) -> None:
         """Takes all sites that are there and notes them, before one is asked."""

@@ -28,7 +28,7 @@ from mcrage.messages import Parameters, SiteLoss, SiteScores, Wire, counts_from_
 from mcrage.privacy.counts import SCORE_EDGES
 from mcrage.privacy.statement import PrivacyAccount
 from server.accounts import collect_accounts
-from server.budget import planned_epsilon, with_noise
+from server.budget import planned_epsilon, tell_prospect, with_noise
 from server.checkpoints import CHECKPOINTS as CHECKPOINTS
 from server.checkpoints import Checkpoint, CheckpointFolder, one_writer, run_fingerprint
 from server.counting import count_federation
@@ -122,6 +122,10 @@ class RoundLoop:
         self._method.restore(self._state.strategy_state)
         self._metrics.restart(self._records())
         self._tell_progress()
+        if not self.server_round:
+            counts = self._site_counts()
+            patients = sum(total_counts(counts).values())
+            tell_prospect(self._config, roster.schema, patients=patients, sites=len(counts))
 
     @property
     def server_round(self) -> int:

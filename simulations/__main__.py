@@ -305,12 +305,15 @@ def _print_privacy(config: "ExperimentConfig", dataset: str, study: "Study | Non
         typer.echo("privacy: none is claimed; hospitals release model parameters, histograms and counts of at least 11")
         return
     from mcrage.config import RunConfig
-    from server.budget import plan_lines
+    from server.budget import plan_lines, prospect
     from simulations.study import hospitals_of
 
-    schema = study.schema if study else hospitals_of(dataset, seed=config.seed).schema
-    for line in plan_lines(RunConfig(federation=config.federation, privacy=config.privacy), schema):
+    hospitals = study.hospitals if study else hospitals_of(dataset, seed=config.seed)
+    run = RunConfig(federation=config.federation, privacy=config.privacy)
+    for line in plan_lines(run, hospitals.schema):
         typer.echo(line)
+    patients = hospitals.training_patients(config.federation.test_fraction)
+    typer.echo(prospect(run, hospitals.schema, patients=patients, sites=len(hospitals.tables)))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ class Hospitals:
     tables: Mapping[str, pd.DataFrame]
     test: pd.DataFrame | None = None
 
+    def training_patients(self, test_fraction: float) -> float:
+        """Patients of all hospitals but the share that these keep for testing."""
+        column = self.schema.patient_id
+        if column is None:
+            return sum(map(len, self.tables.values())) * (1 - test_fraction)
+        ids = [table[column.name] for table in self.tables.values()]
+        return float(sum(each.nunique() + each.isna().sum() for each in ids)) * (1 - test_fraction)
+
 
 def write_sites(folder: str | Path, hospitals: Hospitals) -> list[Path]:
     """Writes the files of all hospitals, the schema and the test set; returns the hospitals' files in order.

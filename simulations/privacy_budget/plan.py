@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from mcrage.config import RunConfig
 from mcrage.data.schema import TableSchema
+from mcrage.prospects import Prospect, signal
 from server.budget import planned_epsilon
-from simulations.privacy_budget.cells import REAL, Cell, Sweep
+from simulations.privacy_budget.cells import NONE, REAL, Cell, Sweep
 from simulations.privacy_budget.run import hospitals_of_cell
 from simulations.settings import ExperimentConfig
 from simulations.sites import Hospitals
@@ -17,7 +18,7 @@ _ROWS, _FIXED = 4e-5, 15.0
 
 
 def plan_lines(sweep: Sweep) -> Iterator[str]:
-    """A line per cell, and one for all of them.
+    """A line per cell, one for all of them, and what rows of each kind of cell are worth by earlier measurements.
 
     Raises:
         ConfigError: If a setting is not allowed.
@@ -38,6 +39,13 @@ def plan_lines(sweep: Sweep) -> Iterator[str]:
         cost = "no epsilon" if math.isinf(known[kind]) else f"epsilon at most {known[kind]:.2f}"
         yield f"{cell.name}: {cost}, about {_duration(seconds)}"
     yield f"{len(cells)} cells of {sites} hospitals, about {_duration(total)} on one core"
+    config = sweep.config(cells[0], columns=len(schema.modelled), sites=sites)
+    trained = hospitals.training_patients(config.federation.test_fraction)
+    for generator, noise, epsilon in known:
+        if noise != NONE:
+            noises = 1 if noise == "shared" else sites
+            at = signal(patients=trained, epsilon=epsilon, delta=config.privacy.dp_delta, noises=noises)
+            yield f"{generator}, {noise} noise, epsilon {epsilon:g}: {Prospect.of(generator, at)}"
 
 
 def _planned(cell: Cell, config: ExperimentConfig, schema: TableSchema) -> float:

@@ -113,7 +113,10 @@ def test_an_altered_ledger_is_one_line_and_no_success(run: Run, used: list[objec
 def test_plan_is_a_table_with_a_mark_at_each_number_of_steps(run: Run) -> None:
     code, out, _ = run("plan", "--patients", 300, "--epsilon", 1, "--rounds", 100)
     assert code == 0
-    first, head, *rows, _, _ = out.splitlines()
+    first, head, *rows, _, _, size, local, shared = out.splitlines()
+    assert size == "10 hospitals of 300 training patients, with noise of their own and with shared noise:"
+    assert local.startswith("expected: ")
+    assert shared.startswith("expected: ")
     assert first == "epsilon 1 at delta 1e-05 for 300 patients and 100 rounds"
     assert head.split() == ["steps/round", "sample", "rate", "patients/step", "noise", "multiplier", "noise"]
     assert len(rows) == 20
@@ -140,7 +143,11 @@ def test_a_plan_of_tables_names_their_noise_and_the_epsilon_of_all(
     code, out, _ = run(*asked)
     assert code == 0
     assert re.match(r"epsilon (1\.9\d|2\.00) at delta 1e-05 for 1,000 patients", out)
-    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+    *planned, _, own, shared = out.splitlines()
+    assert "WORSE than a hospital's own rows" in str(run("plan", *asked[1:], "--sites", 2)[1])
+    assert own.startswith("expected: ")
+    assert own != shared
+    assert [line.split()[:2] for line in planned[2:]] == [
         ["one_ways", "4"], ["groups", "1"], ["conditions", "2"], ["pairs", "1"], ["edges", "1"]
     ]  # fmt: skip
     told = json.loads(run(*asked, "--json")[1])

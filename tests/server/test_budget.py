@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +7,7 @@ from mcrage.config import RunConfig, Scalar
 from mcrage.data.schema import TableSchema
 from mcrage.errors import PrivacyError
 from mcrage.privacy.accounting import alone, epsilon
-from server.budget import plan_lines, planned_epsilon, planned_events, with_noise
+from server.budget import plan_lines, planned_epsilon, planned_events, prospect, tell_prospect, with_noise
 
 PRIVATE = {"dp": True, "dp-epsilon": 3.0, "dp-score-epsilon": 0.25, "dp-sample-rate": 0.2, "num-server-rounds": 20}
 
@@ -93,3 +94,19 @@ def test_the_plan_of_the_marginal_generator_names_its_tables_and_their_epsilon(
     assert any("each site's patients would pay epsilon = " in line for line in lines)
     assert (" shared by the sites, " in lines[0]) == (noise == "shared")
     assert ("colluding sites" in lines[-1]) == (noise == "shared")
+
+
+def test_whoever_starts_a_private_run_is_told_where_such_runs_did_harm(
+    private: Callable[..., RunConfig], tiny_schema: TableSchema, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = private(generator="marginal", dp_score_epsilon=0.0, min_sites=5, dp_epsilon=1.0)
+    with caplog.at_level(logging.INFO, "mcrage.server"):
+        tell_prospect(config, tiny_schema, patients=500, sites=5)
+        tell_prospect(config, tiny_schema, patients=5e7, sites=5)
+        tell_prospect(RunConfig(), tiny_schema, patients=500, sites=5)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "WORSE than a hospital's own rows" in caplog.messages[0]
+    assert "WORSE" not in caplog.messages[1]
+    shared = private(generator="marginal", dp_score_epsilon=0.0, min_sites=5, dp_epsilon=1.0, dp_noise="shared")
+    known = [prospect(each, tiny_schema, patients=20_000, sites=10).shares["cohort"] for each in (config, shared)]
+    assert known[0] < known[1], "of ten sites' noise there is √10 times as much as of one"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -81,8 +82,12 @@ def silent(site: int, *questions: int) -> Callable[[Message], bool]:
 
 
 @in_every_mode
-def test_the_generator_is_made_of_the_counts_of_all_sites(config: Config, mode: str, tmp_path: Path) -> None:
-    result = plain(config(mode))
+def test_the_generator_is_made_of_the_counts_of_all_sites(
+    config: Config, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "mcrage.server"):
+        result = plain(config(mode))
+    assert ("expected: " in caplog.text) == (mode != "none"), "what such runs came to is said after the first question"
     assert [record.server_round for record in result.history] == [*range(1, len(result.history) + 1)]
     assert {tuple(record.sites) for record in result.history} == {ALL}
     rows = result.model.sample(2000, random_state=1)

@@ -69,9 +69,11 @@ def silent(site: int, *rounds: int) -> Callable[[Message], bool]:
 
 
 def test_every_site_takes_part_in_every_step_and_the_same_seed_gives_the_same_bytes(
-    config: Config, tmp_path: Path, site_dir: Path
+    config: Config, tmp_path: Path, site_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = plain(config())
+    with caplog.at_level(logging.INFO, "mcrage.server"):
+        first = plain(config())
+    assert caplog.text.count("expected: ") == 1, "before the first step it is said what such runs came to"
     shutil.rmtree(site_dir / "private")  # other secrets, and so other masks
     assert [record.sites for record in first.history] == [("site-01", "site-02", "site-03")] * 8
     assert all(not record.dropped and not record.losses for record in first.history)

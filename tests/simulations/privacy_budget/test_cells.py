@@ -7,7 +7,16 @@ import pytest
 from mcrage.config import RunConfig
 from mcrage.errors import ConfigError
 from server.budget import planned_epsilon
-from simulations.privacy_budget.cells import REAL, Cell, Sweep, numbers, parse_settings, whole_numbers
+from simulations.privacy_budget.cells import (
+    GENERATORS,
+    NOISES,
+    REAL,
+    Cell,
+    Sweep,
+    numbers,
+    parse_settings,
+    whole_numbers,
+)
 from simulations.privacy_budget.plan import plan_lines
 from simulations.truth import SCHEMA
 
@@ -99,7 +108,10 @@ def test_numbers_have_commas_or_come_one_by_one() -> None:
 @pytest.mark.slow
 def test_a_plan_has_a_line_per_cell_with_its_epsilon() -> None:
     asked = Sweep(sites=2, patients=60, epsilons=(3.0, math.inf), given=parse_settings([], rounds=5))
-    *lines, last = plan_lines(asked)
+    *lines, last, first, second, third, fourth = plan_lines(asked)
+    prospects = {line.partition(":")[0]: line for line in (first, second, third, fourth)}
+    assert "WORSE than a hospital's own rows" in prospects["marginal, local noise, epsilon 3"]
+    assert set(prospects) == {f"{name}, {noise} noise, epsilon 3" for name in GENERATORS for noise in NOISES}
     assert [line.partition(":")[0] for line in lines] == [each.name for each in asked.cells]
     costs = {line.partition(":")[0]: line for line in lines}
     assert "epsilon at most 3.00" in costs["cohort-2x60-seed0-marginal-shared-eps3"]
