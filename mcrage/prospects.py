@@ -39,8 +39,8 @@ class Measured:
 
 
 MEASURED: tuple[Measured, ...] = (
-    Measured("cddpm", "diabetes130", 5029, 0.63),
-    Measured("cddpm", "diabetes130", 11652, 0.89),
+    Measured("cddpm", "diabetes130", 5029, 0.78),
+    Measured("cddpm", "diabetes130", 11652, 0.93),
     Measured("marginal", "cohort", 415, -1.64),
     Measured("marginal", "cohort", 1113, -0.33),
     Measured("marginal", "cohort", 1312, -0.21),
