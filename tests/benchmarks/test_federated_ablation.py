@@ -7,7 +7,7 @@ from mcrage.training import optimisers
 ARMS = ["pooled", "defaults", "optimiser state kept"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_arms_differ_and_are_measured_for_everybody_and_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(federated_ablation, "MOST_ROWS", 600)
     begin = optimisers._adam

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LINES = "{http://www.w3.org/2000/svg}polyline"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_benchmark_gives_a_curve_for_the_federation_and_for_pooled_rows(tmp_path: Path) -> None:
     plot = tmp_path / "curve.svg"
     options = ["--seeds", "1", "--rounds", "3", "--every", "1", "--test-rows", "400", "--plot", str(plot)]

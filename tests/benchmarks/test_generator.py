@@ -11,7 +11,7 @@ from benchmarks import generator
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_length_is_measured_beside_real_rows() -> None:
     options = ["--data", "cohort", "--steps", "3", "60", "--seeds", "1"]
     command = [sys.executable, "-m", "benchmarks.generator", *options]

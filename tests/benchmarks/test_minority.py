@@ -69,7 +69,7 @@ def test_a_variant_is_read_from_text_and_an_unknown_setting_refused() -> None:
         variant("levelweight=2")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("part", ["collapse", "cohort"])
 def test_the_benchmark_measures_every_variant(part: str) -> None:
     settings = ",".join(f"{name}={value}" for name, value in TINY.items())

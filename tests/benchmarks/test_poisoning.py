@@ -85,7 +85,7 @@ def test_losses_are_per_cent_of_what_they_are_compared_with_by_seed() -> None:
     assert poisoning.interval([1.0, 2.0, 3.0]) == "2.00 [-0.48, 4.48]"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_benchmark_compares_every_lie_with_nobody_lying_and_with_the_absent_liar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ HEAD = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_private_step_takes_no_more_than_three_ordinary_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every complete line is checked; the bound is loose because other work on the machine sways short measurements."""
     monkeypatch.delenv("MCRAGE_DATA", raising=False)

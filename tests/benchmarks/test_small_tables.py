@@ -11,7 +11,7 @@ from benchmarks.small_tables import models
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_benchmark_shows_that_a_long_training_gives_more_away() -> None:
     options = ["--rows", "60", "--seeds", "1", "--passes", "20", "2000", "--set", "width=32", "--set", "batch_size=60"]
     command = [sys.executable, "-m", "benchmarks.small_tables", *options]

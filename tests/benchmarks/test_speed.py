@@ -14,7 +14,7 @@ from simulations.datasets import diabetes130
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_ratios_to_the_bare_loop_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MCRAGE_DATA", raising=False)
     options = ["--repeats", "3", "--steps", "20", "--rows", "600", "--sample-rows", "500"]

@@ -153,7 +153,8 @@ def reason(federation: Federation, site: str) -> str:
     return next(row["reason"] for row in site_rows(federation.home) if row["site"] == site)
 
 
-@pytest.mark.parametrize("ahead", [600, pytest.param(-600, marks=pytest.mark.soak)])
+@pytest.mark.soak  # tests/client/test_node.py and tests/server/test_overview.py have either side
+@pytest.mark.parametrize("ahead", [600, -600])
 def test_a_clock_that_is_wrong_by_ten_minutes_is_told_on_both_sides(
     federation: Federation, clock: Clock, ahead: int
 ) -> None:

@@ -150,5 +150,6 @@ def test_a_dry_run_of_a_privacy_budget_lists_cells_with_their_epsilon(
     assert code == 0
     lines = text.splitlines()
     assert lines[1].startswith("cohort-2x30-seed0-marginal-local-eps1: epsilon at most 1.00, about ")
-    assert lines[-1].startswith("4 cells of 2 hospitals, about ")
+    assert lines[4].startswith("4 cells of 2 hospitals, about ")
+    assert lines[-1].startswith("marginal, shared noise, epsilon 1: expected: ")
     assert not out.exists()
