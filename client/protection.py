@@ -183,9 +183,8 @@ class Protection:
             return Release(read_secret(self.folder / SECRET), bytes.fromhex(digest))
         if instruction.dp:
             _LOG.warning("THE NOISE COMES FROM A SEED THAT THE SERVER KNOWS: it protects nobody; simulations only")
-        if isinstance(
-            instruction, SumInstruction | CountInstruction
-        ):  # the keys of masks follow from secrets, which no seed knows
+        # The keys of masks follow from secrets, which no seed knows.
+        if isinstance(instruction, SumInstruction | CountInstruction):
             asked = instruction_digest(instruction.model_copy(update={"peers": ""}))
         return Release(derive(bytes(32), "simulated", instruction.noise_seed, self.site), asked)
 

@@ -91,7 +91,6 @@ def attacks(  # noqa: PLR0913 — one per option
     card: Annotated[bool, typer.Option("--card", help="Also put the figures into the model's card.md.")] = False,
 ) -> None:
     """Ask of patients' rows whether the model was trained on them, in six ways."""
-    from mcrage.cddpm import CDDPM
     from mcrage.data.schema import TableSchema
     from mcrage.evaluation.membership import membership_report
     from mcrage.generator import load_generator
@@ -110,9 +109,7 @@ def attacks(  # noqa: PLR0913 — one per option
         **tables,
         schema=schema,
         reference_rows=reference_rows,
-        reference=_reference_model(model, reference_rows, seed=seed)
-        if reference_rows is not None and isinstance(model, CDDPM)
-        else None,
+        reference=_reference_model(model, reference_rows, seed=seed),
         random_state=seed,
     )
     claim = _claim(report, epsilon, delta)
@@ -158,11 +155,13 @@ def _generated(model: "Generator", path: Path | None, *, rows: int, seed: int) -
     return model.sample(rows, random_state=seed)
 
 
-def _reference_model(model: "CDDPM", rows: "pd.DataFrame", *, seed: int) -> "CDDPM":
-    """A model with the same settings that was trained on other rows."""
+def _reference_model(model: "Generator", rows: "pd.DataFrame | None", *, seed: int) -> "CDDPM | None":
+    """A network with the same settings that was trained on other rows; None without such rows, or for no network."""
     from mcrage import rng
     from mcrage.cddpm import CDDPM
 
+    if rows is None or not isinstance(model, CDDPM):
+        return None
     _say(f"training a reference model on {len(rows):,} rows")
     settings: dict[str, Any] = model.get_params() | {"random_state": rng.derive(seed, "reference"), "verbose": 1}
     return CDDPM(**settings).fit(rows, model.schema_)

@@ -158,11 +158,8 @@ class SiteSum(WireMessage):
         return checked(cls, wire.values, words=words)
 
 
-class SiteCounts(WireMessage):
-    """What a site tells of its training patients in tables of counts: all cells, one table after the other.
-
-    They are exact without privacy, and with it have noise on each, negative ones included.
-    """
+class _Counted(WireMessage):
+    """Counts of patients in a round."""
 
     array_fields: ClassVar[frozenset[str]] = frozenset({"counts"})
 
@@ -172,6 +169,13 @@ class SiteCounts(WireMessage):
     def to_wire(self) -> Wire:
         """The message as plain data."""
         return Wire(super().to_wire().values, {"counts": self.counts})
+
+
+class SiteCounts(_Counted):
+    """What a site tells of its training patients in tables of counts: all cells, one table after the other.
+
+    They are exact without privacy, and with it have noise on each, negative ones included.
+    """
 
     @classmethod
     def from_wire(cls, wire: Wire, *, size: int) -> "SiteCounts":
@@ -193,17 +197,8 @@ class SiteLoss(WireMessage):
         return checked(cls, wire.values)
 
 
-class SiteScores(WireMessage):
+class SiteScores(_Counted):
     """What a site tells about a model under privacy: noisy numbers of test patients by group, label and score bin."""
-
-    array_fields: ClassVar[frozenset[str]] = frozenset({"counts"})
-
-    server_round: Round
-    counts: SkipValidation[NDArray[np.float64]]
-
-    def to_wire(self) -> Wire:
-        """The message as plain data."""
-        return Wire(super().to_wire().values, {"counts": self.counts})
 
     @classmethod
     def from_wire(cls, wire: Wire, *, shape: tuple[int, ...]) -> "SiteScores":

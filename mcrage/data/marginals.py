@@ -57,7 +57,8 @@ class Marginals(Mapping[str, Floats]):
         for name, length in expected.items():
             counts = np.asarray(wire[name], dtype=np.float64)
             if counts.shape != (length,) or not np.isfinite(counts).all() or (not noisy and (counts < 0).any()):
-                raise MessageError(f"histogram of column '{name}': expected {length} finite counts of at least 0")
+                sign = "" if noisy else " of at least 0"
+                raise MessageError(f"histogram of column '{name}': expected {length} finite counts{sign}")
             cells[name] = counts
         return cls(cells)
 

@@ -33,6 +33,21 @@ _LATTICE_BITS = 20  # a step is 2⁻²⁰ to 2⁻²¹ of the noise of the sum: r
 _LARGEST_SUM = 2**30  # of all sites' sums without noise, in steps; as much again is left for the noise
 
 
+def check_sharing(sites: int, colluders: int) -> None:
+    """Raises unless so many sites can share noise of which so many may collude: one at least is then honest.
+
+    The sites themselves are among those against whom the noise protects, so that one colludes at least.
+
+    Raises:
+        PrivacyError: In any other case.
+    """
+    if not 1 <= colluders < sites <= MOST_SITES:
+        raise PrivacyError(
+            f"shared noise takes 2 to {MOST_SITES:,} sites of which 1 to all but one may collude, "
+            f"got {sites} and {colluders}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedNoise:
     """How much noise each of some sites adds, and on which lattice.
@@ -54,11 +69,7 @@ class SharedNoise:
     colluders: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.colluders < self.sites <= MOST_SITES:
-            raise PrivacyError(
-                f"shared noise takes 2 to {MOST_SITES:,} sites of which 1 to all but one may collude, "
-                f"got {self.sites} and {self.colluders}"
-            )
+        check_sharing(self.sites, self.colluders)
         if not (0 < self.noise_multiplier < math.inf and 0 < self.max_grad_norm < math.inf):
             raise PrivacyError("shared noise takes a noise multiplier and a clipping norm above 0")
 

@@ -21,7 +21,7 @@ from mcrage.errors import PrivacyError
 from mcrage.privacy.discrete import discrete_gaussian
 from mcrage.privacy.events import PrivacyEvent
 from mcrage.privacy.keyed import KeyedBits
-from mcrage.privacy.shared import MOST_SITES
+from mcrage.privacy.shared import check_sharing
 
 SMALLEST_SHARE = 1.5
 """Least standard deviation of a site's share: a sum of discrete Gaussians that are narrower is no Gaussian."""
@@ -46,11 +46,7 @@ class SharedCounts:
     colluders: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.colluders < self.sites <= MOST_SITES:
-            raise PrivacyError(
-                f"shared noise takes 2 to {MOST_SITES:,} sites of which 1 to all but one may collude, "
-                f"got {self.sites} and {self.colluders}"
-            )
+        check_sharing(self.sites, self.colluders)
         if not self.noise > 0:
             raise PrivacyError(f"shared noise takes a standard deviation above 0, got {self.noise}")
 
