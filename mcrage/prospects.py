@@ -18,7 +18,7 @@ import numpy as np
 
 from mcrage.marginal.budget import precision
 
-_REMEDY = "share the noise (dp-noise=shared), allow a larger epsilon, or gather more patients before anyone trains"
+_REMEDY = "a larger epsilon helps, more patients, or noise that hospitals share if it is not yet (dp-noise=shared)"
 
 
 @dataclass(frozen=True)

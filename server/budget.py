@@ -80,6 +80,12 @@ def plan_lines(config: RunConfig, schema: TableSchema) -> list[str]:
     lines = [f"privacy: {event.in_words}" for event in planned_events(config, schema)]
     if config.privacy.dp_noise_seed >= 0:
         return [*lines, "privacy: the noise comes from a seed, so that nothing is protected and nothing is claimed"]
+    if config.federation.generator == "marginal":
+        least = min(event.noise_multiplier for event in planned_events(config, schema))
+        lines.append(
+            f"privacy: sites whose policy has a min_histogram_noise above {least:.3g} refuse the question "
+            "with so little noise, after they paid for those before it"
+        )
     cost, delta = planned_epsilon(config, schema), config.privacy.dp_delta
     lines.append(f"privacy: each site's patients would pay epsilon = {cost:.2f} at delta = {delta:g} for this run")
     return [*lines, _line_alone(config, schema)] if config.privacy.dp_noise == "shared" else lines

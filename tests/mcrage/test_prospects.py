@@ -47,7 +47,7 @@ def test_a_plan_warns_where_hospitals_did_worse_than_alone() -> None:
     assert str(at(900)).startswith(
         f"{said} −50 % on one of the gap from own to pooled rows: WORSE than a hospital's own"
     )
-    assert "rows on one; share the noise (dp-noise=shared)" in str(at(900))
+    assert "rows on one; a larger epsilon helps" in str(at(900))
     assert str(at(20_000)) == f"{said} 40 % on one, 20 % on other of the gap from own to pooled rows"
     assert at(2_000).harmed == ("one",)
     for unknown in (at(1_000, "cddpm"), at(math.inf)):

@@ -92,6 +92,8 @@ def test_the_plan_of_the_marginal_generator_names_its_tables_and_their_epsilon(
     assert [event.steps for event in events] == [4, 1, 2, 1, 1] + [4] * (noise == "shared")
     assert 2.9 < planned_epsilon(config, tiny_schema) <= 3.0
     assert any("each site's patients would pay epsilon = " in line for line in lines)
+    least = min(event.noise_multiplier for event in events)
+    assert any(f"min_histogram_noise above {least:.3g} refuse" in line for line in lines)
     assert (" shared by the sites, " in lines[0]) == (noise == "shared")
     assert ("colluding sites" in lines[-1]) == (noise == "shared")
 
